@@ -1,0 +1,138 @@
+"""Every key of a config, its default, and what it means. A config calls `get_config`, changes what differs, and returns it.
+
+Values are overridden on the command line, `--config.generator.optimizer.lr=1e-4`; a key that is not in here is refused. `None`
+stands for "its own default", which is given where the key is used.
+"""
+
+from __future__ import annotations
+
+import inspect
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from sim_jax import objectives
+from sim_jax.objectives import dsm
+
+
+def get_config(method: str = "sim") -> ConfigDict:
+    """The defaults for `method`, locked: a variant can change keys, not invent them."""
+    config = ConfigDict()
+    config.method = method                    # a row of sim_jax.objectives: "sim"; "dsm" trains a teacher
+    config.seed = 0                           # of everything random
+    config.total_kimg = 1000.0                # length of the run, in thousands of images per network update
+    config.batch_size = 256                   # images per update over all devices
+    config.max_batch_per_device = 0           # more than this is cut into micro-batches and accumulated; 0: no limit
+    config.precision = "highest"              # of float32 products on accelerators: "highest", "high" (tf32) or "default"
+
+    config.network = ConfigDict(dict(         # EDM's constructor arguments: trained under "dsm", else what the teacher must be
+        precond="EDMPrecond", model_type="SongUNet", img_resolution=32, img_channels=3, label_dim=0, augment_dim=0,
+        sigma_data=0.5, model_channels=128, channel_mult=(2, 2, 2), channel_mult_emb=4, num_blocks=4,
+        attn_resolutions=(16,), dropout=0.13, label_dropout=0.0))
+    config.teacher = ConfigDict(dict(
+        path=placeholder(str),                # directory, .safetensors, workdir of a teacher run, or "builtin:digits"
+        ema=placeholder(str),                 # which average of a workdir; None: its first
+        dtype="float32",                      # what it computes in: "float32" or "bfloat16"
+        sampler="heun",                       # how its own samples are drawn: heun, euler, ddim, dpmpp_2m
+        num_steps=18,                         # 18 Heun steps are 35 network calls
+    ))
+    config.objective = _knobs(objectives.TABLE[method].pair_loss if method in objectives.TABLE else dsm.pair_loss)
+    config.generator = ConfigDict(dict(
+        sigma_init=2.5,                       # G(z) = D(sigma_init z; sigma_init)
+        dropout=placeholder(float),           # None: the teacher network's
+        dtype="float32",
+        remat=False,                          # recompute blocks in the backward pass
+        noise=_noise("karras", u_max=0.8),    # levels that the generator's loss is taken at
+        optimizer=_optimizer(),
+    ))
+    config.fake_score = ConfigDict(dict(      # the network trained by denoising: the fake score, or under "dsm" the teacher itself
+        updates=1,                            # per generator update; the critic goes first
+        dropout=placeholder(float),
+        dtype="float32",
+        remat=False,
+        loss=_knobs(dsm.pair_loss),           # ignored under "dsm", whose own knobs are config.objective
+        noise=_noise("log_normal", P_mean=-1.2, P_std=1.2),
+        augment_p=0.0,                        # EDM's augmentation of what it is trained on; needs augment_dim=9
+        optimizer=_optimizer(),
+    ))
+    config.labels = ConfigDict(dict(
+        scheme="uniform",                     # classes asked of the generator: uniform, balanced, histogram
+        histogram=(),                         # class weights, for "histogram"
+    ))
+    config.data = ConfigDict(dict(            # real images: needed by "dsm", never by "sim"
+        name="none",                          # none, digits, images (EDM's zip or folder), tfds
+        path=placeholder(str),                # images: the zip or folder
+        dataset=placeholder(str),             # tfds: e.g. "imagenet_resized/64x64"
+        split=placeholder(str),
+        data_dir=placeholder(str),
+        xflip=placeholder(bool),
+        pad_to=placeholder(int),
+        max_size=placeholder(int),
+    ))
+    config.ema = ConfigDict(dict(
+        halflife_kimg=(500.0,),               # one average per entry, named e.g. "ema_500k"; the first is the default
+        rampup=0.05,                          # half-life at most this share of the images seen; 0: none
+    ))
+    config.sharding = ConfigDict(dict(
+        mesh="data:-1",                       # axes and sizes, e.g. "data:2,fsdp:4"; -1 takes the rest
+        rules=((".*", "replicate"),),         # (regex, replicate | fsdp | fsdp:AXIS), first match wins
+        teacher_rules=((".*", "replicate"),),
+    ))
+    config.run = ConfigDict(dict(             # may change between a run and its resumption; nothing above this line may
+        log_every=50,                         # iterations between lines of metrics.jsonl
+        probe_every=250,                      # ... between measurements of divergence and lag
+        sample_every=500,                     # ... between sample grids
+        eval_every=0,                         # ... between Frechet distances; 0: only at the end
+        save_every=500,                       # ... between checkpoints
+        keep=2,                               # checkpoints kept
+        grid=100,                             # images in a grid
+        probe_images=64,                      # images per noise level in a probe
+        eval_images=5000,                     # images of a Frechet distance
+        features="none",                      # what it is measured in: "digits" or "none"
+        batch_per_device=128,                 # while sampling
+        data_threads=2,                       # that read images ahead
+    ))
+    return config.lock()
+
+
+def _optimizer() -> ConfigDict:
+    return ConfigDict(dict(
+        name="adam", lr=1e-5, b1=0.0, b2=0.999, eps=1e-8, weight_decay=0.0,
+        clip_norm=0.0,                        # global norm; 0: none
+        warmup_steps=0,
+        schedule="constant",                  # constant, cosine or linear down to final_fraction * lr
+        final_fraction=0.0))
+
+
+def _noise(name: str, **knobs) -> ConfigDict:
+    """A row of sim_jax.diffusion.noise_levels and its knobs; None leaves a knob at that row's default."""
+    types = dict(P_mean=float, P_std=float, u_min=float, u_max=float, sigma_min=float, sigma_max=float, rho=float,
+                 space=str, M=int, i_min=int, i_max=int)
+    section = ConfigDict({"name": name, **{key: placeholder(kind) for key, kind in types.items()}})
+    section.update(knobs)
+    return section
+
+
+def _knobs(loss) -> ConfigDict:
+    """The keyword arguments of a loss and their defaults, as config keys."""
+    parameters = [p for p in inspect.signature(loss).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    return ConfigDict({p.name: placeholder(float) if p.default is None else p.default for p in parameters})
+
+
+def parse_arg(arg: str | None, **groups: tuple[str, ...]) -> dict[str, str]:
+    """Reads "cond,tiny" of `--config=configs/cifar10.py:cond,tiny`.
+
+    Args:
+      arg: what follows the colon.
+      **groups: alternatives by name, the default first.
+    Returns: {name: chosen}.
+    Raises: ValueError for a word that is in no group.
+    """
+    chosen = {name: words[0] for name, words in groups.items()}
+    for word in filter(None, (arg or "").split(",")):
+        matching = [name for name, words in groups.items() if word in words]
+        if not matching:
+            allowed = " ".join("{" + ",".join(words) + "}" for words in groups.values())
+            raise ValueError(f"config argument: got {word!r}, allowed: {allowed}")
+        chosen[matching[0]] = word
+    return chosen

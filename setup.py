@@ -1,0 +1,41 @@
+"""sim_jax: distil pretrained diffusion models into one- and few-step generators, in JAX."""
+
+import pathlib
+
+from setuptools import find_packages, setup
+
+setup(
+    name="sim_jax",
+    version="0.1.0",
+    description="Score Implicit Matching, DMD2 and their family in JAX: diffusion models to one-step generators",
+    long_description=(pathlib.Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["sim_jax", "sim_jax.*"]),
+    package_data={"sim_jax": ["assets/*", "assets/*/*"]},
+    install_requires=[
+        "jax>=0.10",
+        "flax>=0.12",
+        "optax>=0.2.5",
+        "orbax-checkpoint>=0.11",
+        "ml-collections>=1.0",
+        "clu>=0.0.12",
+        "tensorflow-datasets>=4.9.7",
+        "array_record>=0.6",
+        "grain>=0.2.10",
+        "numpy>=1.26",
+        "absl-py>=2",
+        "pillow>=10",
+        "safetensors>=0.4.5",
+        "tqdm>=4.66",
+        "matplotlib>=3.8",
+        "tensorboardX>=2.6.2",
+    ],
+    extras_require={
+        "tf": ["tensorflow-cpu>=2.17"],
+        "convert": ["torch>=2.4"],
+        "test": ["pytest>=8", "scipy>=1.11"],
+        "notebook": ["jupyterlab>=4"],
+    },
+)

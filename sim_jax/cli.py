@@ -1,0 +1,42 @@
+"""What every command shares: one line and exit code 2 for bad input, the compilation cache, how it was called."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+
+
+def guard(work: Callable[[], int]) -> int:
+    """Runs a command: its exit code, or 2 with one line for bad input (ValueError), 1 for training that diverged."""
+    try:
+        return work()
+    except ValueError as error:
+        if os.environ.get("SIM_JAX_TRACEBACK"):  # for our own bugs
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except FloatingPointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs in the user's cache folder, unless JAX's own variable says where."""
+    import jax
+
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    folder = pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache")) / "sim_jax" / "xla"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+def command_line(module: str, argv: Sequence[str]) -> str:
+    """The command as one would type it again."""
+    return shlex.join(["python", "-m", module, *argv[1:]])

@@ -1,0 +1,1 @@
+"""Measuring samples: features, Frechet distance, precision and recall, the quality table."""

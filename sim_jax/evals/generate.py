@@ -1,0 +1,151 @@
+"""Images from a generator or a teacher, each a function of (seed, index) alone.
+
+Every device always works on the same number of images, padding the last batch, so that one program serves every count, and an
+image does not depend on how many others were asked for. Pixels become uint8 on the host, where rounding is the same everywhere.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sim_jax import images, randomness, sharding
+from sim_jax.data import labels as label_streams
+from sim_jax.diffusion import samplers
+from sim_jax.networks import Network
+from sim_jax.sharding import Layout
+from sim_jax.types import Array, Cond, Key, Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Latents:
+    """Where sample i of a seed starts: unit noise and a class.
+
+    Attributes:
+      image_shape: (H, W, C).
+      label_dim: 0 for unconditional networks.
+      scheme, histogram: of `sim_jax.data.labels`.
+    """
+
+    image_shape: tuple[int, int, int]
+    label_dim: int = 0
+    scheme: str = "uniform"
+    histogram: tuple[float, ...] | None = None
+
+    def noise(self, key: Key, index: Array) -> Array:
+        """z [B,H,W,C] for samples `index` [B]."""
+        return randomness.normal(randomness.sample_keys(key, "sample/z", index), self.image_shape)
+
+    def classes(self, key: Key, index: Array) -> Array:
+        """int32 [B]."""
+        draw = label_streams.make(self.scheme, self.label_dim, histogram=self.histogram)
+        return draw(randomness.sample_keys(key, "sample/class", index), index)
+
+    def classes_of(self, seed: int, index: np.ndarray) -> np.ndarray:
+        return np.asarray(self.classes(jax.random.key(seed), jnp.asarray(index, jnp.uint32)), np.int32)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplerSpec:
+    """How x is drawn from a denoiser.
+
+    Attributes:
+      sigma_init: one call, x = D(sigma_init z; sigma_init); None samples in steps.
+      sampler, num_steps, S_churn: of `sim_jax.diffusion.samplers`, where sigma_init is None.
+    """
+
+    sigma_init: float | None = None
+    sampler: str = "heun"
+    num_steps: int = 18
+    S_churn: float = 0.0
+
+    @property
+    def calls(self) -> int:
+        """Network calls per image."""
+        return 1 if self.sigma_init is not None else samplers.num_calls(self.sampler, self.num_steps)
+
+
+class ImageSampler:
+    """`sampler(params, seed=..., count=...) -> images uint8 [count,H,W,C], classes int32 [count]`.
+
+    Args:
+      network: whose parameters will be given.
+      spec: how to draw.
+      latents: where samples start.
+      layout: the mesh; images are cut over it.
+      batch_per_device: images per device and program.
+    Raises: ValueError for an unknown sampler.
+    """
+
+    def __init__(self, network: Network, spec: SamplerSpec, latents: Latents, *, layout: Layout = Layout(),
+                 batch_per_device: int = 128):
+        self.spec, self.latents = spec, latents
+        self._batch = batch_per_device * (1 if layout.mesh is None else layout.mesh.size)
+
+        def start(key: Key, index: Array) -> tuple[Array, Key]:
+            return layout.split(latents.noise(key, index)), randomness.sample_keys(key, "sample/churn", index)
+
+        def condition(classes: Array) -> Cond:
+            return Cond(class_labels=label_streams.one_hot(classes, latents.label_dim))
+
+        @jax.jit
+        def one_call(params: Params, key: Key, index: Array, classes: Array) -> Array:
+            z, _ = start(key, index)
+            return samplers.one_step(network.bind(layout.gather(params)), z, condition(classes), sigma_init=spec.sigma_init)
+
+        self._start, self._one_call = jax.jit(start), one_call
+        if spec.sigma_init is None:
+            limits = (network.precond.sigma_min, network.precond.sigma_max)
+            rounding = network.precond.round_sigma if network.precond.tables else None
+            sigmas = samplers.edm_sigmas(spec.num_steps, sigma_limits=limits, round_sigma=rounding)
+            self._plan = samplers.plan(spec.sampler, sigmas, S_churn=spec.S_churn, round_sigma=rounding)
+
+            @functools.partial(jax.jit, static_argnames="correct")
+            def step(params: Params, carry, classes: Array, keys: Key | None, row, *, correct: bool):
+                take = samplers.make_step(network.bind(layout.gather(params)))
+                return take(carry, condition(classes), keys, row, correct=correct)
+
+            self._step = step
+
+    def float_images(self, params: Params, *, seed: int, index: np.ndarray, classes: np.ndarray) -> np.ndarray:
+        """One batch, float32 [B,H,W,C]; the length of `index` compiles a program of its own."""
+        key, index, classes = jax.random.key(seed), jnp.asarray(index, jnp.uint32), jnp.asarray(classes, jnp.int32)
+        if self.spec.sigma_init is not None:
+            return sharding.to_host(self._one_call(params, key, index, classes))
+        z, keys = self._start(key, index)
+
+        def step(carry, cond, step_keys, row, *, correct):
+            out = self._step(params, carry, classes, step_keys, row, correct=correct)
+            if jax.default_backend() == "cpu":  # fake devices deadlock when programs queue up
+                jax.block_until_ready(out)
+            return out
+
+        return sharding.to_host(samplers.run(step, z, Cond(), self._plan, keys=keys))
+
+    def __call__(self, params: Params, *, seed: int, count: int, start: int = 0, classes: Sequence[int] | np.ndarray | None = None,
+                 progress: Callable[[int], None] | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Samples start ... start + count - 1 of `seed`.
+
+        Args:
+          params: on the layout's devices.
+          classes: one per sample; None draws them by (seed, index).
+          progress: called with the number of images done.
+        """
+        index = np.arange(start, start + count)
+        classes = self.latents.classes_of(seed, index) if classes is None else np.asarray(classes, np.int32)
+        out = np.empty((count, *self.latents.image_shape), np.uint8)
+        for begin in range(0, count, self._batch):
+            here = slice(begin, min(begin + self._batch, count))
+            wanted = here.stop - here.start
+            pad = np.full(self._batch - wanted, index[here][-1])
+            batch = self.float_images(params, seed=seed, index=np.concatenate([index[here], pad]),
+                                      classes=np.concatenate([classes[here], np.full(len(pad), classes[here][-1])]))
+            out[here] = images.to_uint8(batch[:wanted])
+            if progress is not None:
+                progress(here.stop)
+        return out, classes

@@ -1,0 +1,126 @@
+"""A trained network from wherever it lies: a workdir, a directory of weights, a .safetensors file, or the package itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from sim_jax import checkpoint, networks, optim, sharding, weights
+from sim_jax.data import labels
+from sim_jax.evals.generate import ImageSampler, Latents, SamplerSpec
+from sim_jax.types import Params
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Loaded:
+    """A network with weights.
+
+    Attributes:
+      network: as functions.
+      params: float32 numpy tree.
+      sigma_init: of a one-step generator; None for a denoiser, which samples in steps.
+      origin: what to write into reports: path, hash or step, which average.
+      labels: `scheme` and `histogram` that it was trained with.
+    """
+
+    network: networks.Network
+    params: Params
+    sigma_init: float | None
+    origin: Mapping[str, Any]
+    labels: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def load(path: str | pathlib.Path, *, ema: str | None = None) -> Loaded:
+    """Loads weights.
+
+    Args:
+      path: a workdir of `sim_jax.main`, a directory of weights, a .safetensors file, or "builtin:NAME".
+      ema: for a workdir, which average: a name such as "ema_500k", or "raw"; None is the first average.
+    Raises: ValueError for anything missing, damaged or unknown.
+    """
+    if (pathlib.Path(path) / "config.json").is_file():
+        return _load_workdir(pathlib.Path(path), ema)
+    if ema is not None:
+        raise ValueError(f"ema: got {ema!r} for {path}, allowed only with a workdir")
+    network, params, header = weights.load(str(path))
+    origin = {"path": str(path), "hash": header["hash"][:12], **{k: header[k] for k in ("ema", "step") if k in header}}
+    return Loaded(network=network, params=params, sigma_init=header.get("sigma_init"), origin=origin, labels=header.get("labels", {}))
+
+
+def _load_workdir(workdir: pathlib.Path, ema: str | None) -> Loaded:
+    record = checkpoint.read_json(workdir / "config.json")
+    try:
+        config, spec = record["config"], record["network"]
+        names = optim.ema_names(config["ema"]["halflife_kimg"])
+        distils = config["method"] != "dsm"
+    except (KeyError, TypeError):
+        raise ValueError(f"{workdir / 'config.json'}: not written by sim_jax.main") from None
+    ema = ema or names[0]
+    if ema not in (*names, "raw"):
+        raise ValueError(f"ema: got {ema!r}, allowed: {', '.join((*names, 'raw'))}")
+    network = networks.build(spec)
+    role = "generator" if distils else "fake_score"
+    path = (role, "params") if ema == "raw" else (role, "ema", ema)
+    step, params = checkpoint.read_tree(workdir / "checkpoints", path, network.shapes())
+    return Loaded(network=network, params=sharding.to_host(params), sigma_init=config["generator"]["sigma_init"] if distils else None,
+                  origin={"path": str(workdir), "step": step, "ema": ema}, labels=config["labels"])
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Generator:
+    """Draws images: one call for a distilled generator, Heun's 35 for a teacher.
+
+    Attributes:
+      loaded: network and weights.
+      sampler: how it draws.
+    """
+
+    loaded: Loaded
+    sampler: ImageSampler
+
+    def sample(self, num: int, seed: int = 0, class_labels: Sequence[int] | int | None = None) -> np.ndarray:
+        """Samples 0 ... num - 1 of `seed`.
+
+        Args:
+          num: how many.
+          seed: image i depends on (seed, i) and its class only.
+          class_labels: one class, one per image, or None to draw them.
+        Returns: uint8 [num,H,W,C].
+        Raises: ValueError for a class out of range or a list of another length.
+        """
+        if num < 1:
+            raise ValueError(f"num: got {num}, allowed: 1 or more")
+        classes = None
+        if class_labels is not None:
+            classes = np.full(num, class_labels) if np.ndim(class_labels) == 0 else np.asarray(class_labels)
+            classes = labels.check_labels(classes, self.loaded.network.label_dim)
+            if len(classes) != num:
+                raise ValueError(f"class_labels: got {len(classes)} for {num} images, allowed: one class, or one per image")
+        return self.sampler(self._params, seed=seed, count=num, classes=classes)[0]
+
+    @property
+    def _params(self) -> Params:
+        import jax
+
+        return jax.tree.map(jnp.asarray, self.loaded.params)
+
+
+def load_generator(path: str | pathlib.Path, ema: str | None = None, *, num_steps: int | None = None, batch: int = 128) -> Generator:
+    """A generator ready to sample, from a workdir or a file of weights.
+
+    Args:
+      path, ema: as in `load`.
+      num_steps: samples in Heun steps (teachers; default 18, which are 35 calls).
+      batch: images per device and call.
+    """
+    loaded = load(path, ema=ema)
+    network = loaded.network
+    spec = SamplerSpec(sigma_init=loaded.sigma_init) if loaded.sigma_init and num_steps is None else SamplerSpec(num_steps=num_steps or 18)
+    latents = Latents(network.image_shape, network.label_dim, loaded.labels.get("scheme", "uniform"),
+                      tuple(loaded.labels.get("histogram", ())) or None)
+    return Generator(loaded, ImageSampler(network, spec, latents, batch_per_device=batch))

@@ -1,0 +1,1 @@
+"""Network architectures, one paper per file; parameters under the names of the PyTorch checkpoints."""
