@@ -119,6 +119,26 @@ def _knobs(loss) -> ConfigDict:
     return ConfigDict({p.name: placeholder(float) if p.default is None else p.default for p in parameters})
 
 
+def replace(section: ConfigDict, values: dict) -> ConfigDict:
+    """`section` with other keys altogether: networks of another family take other arguments."""
+    for key in [k for k in section if k not in values]:
+        with section.unlocked():
+            del section[key]
+    with section.unlocked():
+        section.update(values)
+    return section
+
+
+def shrink_run(config: ConfigDict) -> None:
+    """Seconds instead of days: the word `tiny` of a config."""
+    config.batch_size = 16
+    config.max_batch_per_device = 0
+    config.total_kimg = 0.32
+    config.run.update(log_every=5, probe_every=10, sample_every=10, save_every=10, eval_every=0, grid=20, probe_images=16,
+                      batch_per_device=20)
+    config.teacher.num_steps = 4
+
+
 def parse_arg(arg: str | None, **groups: tuple[str, ...]) -> dict[str, str]:
     """Reads "cond,tiny" of `--config=configs/cifar10.py:cond,tiny`.
 

@@ -9,9 +9,11 @@ Hardware: 2 CPU cores.
 from configs import common
 from configs.digits import digits_network
 
+WORDS: dict = {}
+
 
 def get_config(arg=None):
-    common.parse_arg(arg)
+    common.parse_arg(arg, **WORDS)
     config = common.get_config("dsm")
     config.total_kimg = 384.0
     config.batch_size = 128

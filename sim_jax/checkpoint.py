@@ -72,6 +72,12 @@ class Checkpoints:
         self.close()
 
 
+def latest_step(folder: str | pathlib.Path) -> int | None:
+    """The newest complete step in a `checkpoints/` folder, found by the names alone."""
+    folder = pathlib.Path(folder)
+    return max((int(p.name) for p in folder.iterdir() if p.name.isdigit()), default=None) if folder.is_dir() else None
+
+
 def read_tree(folder: str | pathlib.Path, path: tuple[str, ...], shapes: Any) -> tuple[int, Any]:
     """One subtree of the newest checkpoint, for sampling: e.g. path ("generator", "ema", "ema_500k").
 
@@ -83,8 +89,8 @@ def read_tree(folder: str | pathlib.Path, path: tuple[str, ...], shapes: Any) ->
     Raises: ValueError if there is no checkpoint, or it lacks the subtree.
     """
     folder = pathlib.Path(folder).absolute()
-    steps = sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
-    if not steps:
+    step = latest_step(folder)
+    if step is None:
         raise ValueError(f"{folder}: no checkpoint there")
     one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     item = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=one), shapes)
@@ -93,13 +99,13 @@ def read_tree(folder: str | pathlib.Path, path: tuple[str, ...], shapes: Any) ->
     args = ocp.args.PyTreeRestore(item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True)
     try:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            tree = reader.restore(folder / str(steps[-1]) / "state", args=args)
+            tree = reader.restore(folder / str(step) / "state", args=args)
     except Exception as error:  # orbax raises many types for damaged or foreign files
         reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"checkpoint {folder / str(steps[-1])}: cannot read {'/'.join(path)} ({type(error).__name__}: {reason})") from error
+        raise ValueError(f"checkpoint {folder / str(step)}: cannot read {'/'.join(path)} ({type(error).__name__}: {reason})") from error
     for name in path:
         tree = tree[name]
-    return steps[-1], tree
+    return step, tree
 
 
 def read_json(path: str | pathlib.Path) -> Any:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 
 def guard(work: Callable[[], int]) -> int:
-    """Runs a command: its exit code, or 2 with one line for bad input (ValueError), 1 for training that diverged."""
+    """Runs a command: its exit code, or 2 with one line for bad input (ValueError), 1 for training that diverged, 130 for Ctrl-C."""
     try:
         return work()
     except ValueError as error:
@@ -21,6 +21,9 @@ def guard(work: Callable[[], int]) -> int:
     except FloatingPointError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
 
 
 def use_compilation_cache() -> None:

@@ -16,7 +16,7 @@ import jax
 from ml_collections import ConfigDict
 
 from sim_jax import load, networks, objectives, optim, randomness, sharding, steps
-from sim_jax.data import augment, labels, make_source
+from sim_jax.data import augment, digits, labels, make_source
 from sim_jax.data.source import Source
 from sim_jax.diffusion import noise_levels
 from sim_jax.evals.generate import Latents
@@ -71,13 +71,14 @@ class Experiment:
         return Latents(network.image_shape, network.label_dim, self.config.labels.scheme, _histogram(self.config))
 
 
-def build(config: ConfigDict, *, devices: Sequence[Any] | None = None, with_data: bool = True) -> Experiment:
+def build(config: ConfigDict, *, devices: Sequence[Any] | None = None, with_data: bool = True, with_weights: bool = True) -> Experiment:
     """Checks a config and builds what it describes; allocates no training state.
 
     Args:
       config: as from configs/common.py.
       devices: default all.
       with_data: False leaves the data set unopened, for planning and shape checks.
+      with_weights: False takes shapes for the teacher's weights, those of `config.network`, and reads no file.
     Raises: ValueError for anything wrong: one line with the key, what came and what is allowed.
     """
     _check_numbers(config)
@@ -88,8 +89,9 @@ def build(config: ConfigDict, *, devices: Sequence[Any] | None = None, with_data
         sharding.check_rules(rules, mesh)
     pieces = _micro_batches(config, mesh.size)
     spec = networks.full_spec(_given(config.network))
+    _check_features(config, spec)
     source = _source(config, spec, objective) if with_data else None
-    teacher = _teacher(config, spec) if "teacher" in objective.needs else None
+    teacher = _teacher(config, spec, with_weights) if "teacher" in objective.needs else None
 
     total_steps = max(math.ceil(config.total_kimg * 1000 / config.batch_size), 1)
     if teacher is not None:
@@ -183,6 +185,16 @@ def _check_numbers(config: ConfigDict) -> None:
         raise ValueError(f"run.eval_images: got {config.run.eval_images}, allowed: 0 (no evaluation) or at least 100")
 
 
+def _check_features(config: ConfigDict, spec: Mapping[str, Any]) -> None:
+    """Whether what the final figures are measured in can see the network's images and classes."""
+    if config.run.features == "none":
+        return
+    got, allowed = (spec["img_resolution"], spec["img_channels"]), (digits.load().resolution, digits.load().channels)
+    if got != allowed or spec["label_dim"] > digits.NUM_CLASSES:
+        raise ValueError(f"run.features: got 'digits' for images of {got[0]}x{got[0]}x{got[1]} in {spec['label_dim']} classes, "
+                         f"allowed for {allowed[0]}x{allowed[0]}x{allowed[1]} in at most {digits.NUM_CLASSES}, or 'none'")
+
+
 def _micro_batches(config: ConfigDict, num_devices: int) -> int:
     """Into how many pieces an update's batch is cut."""
     batch, limit = config.batch_size, config.max_batch_per_device
@@ -230,11 +242,14 @@ def _source(config: ConfigDict, spec: Mapping[str, Any], objective: objectives.O
                        label_dim=spec["label_dim"])
 
 
-def _teacher(config: ConfigDict, spec: Mapping[str, Any]) -> load.Loaded:
+def _teacher(config: ConfigDict, spec: Mapping[str, Any], with_weights: bool) -> load.Loaded:
+    if not with_weights:
+        network = networks.build(spec)
+        return load.Loaded(network=network, params=network.shapes(), sigma_init=None, origin={"path": None})
     if not config.teacher.path:
         raise ValueError(f"teacher.path: got nothing, but method {config.method!r} needs a teacher; allowed: a converted directory, "
                          "a .safetensors file, the workdir of a teacher run, or 'builtin:digits'")
-    teacher = load.load(config.teacher.path, ema=config.teacher.ema)
+    teacher = load.load_teacher(config.teacher.path, ema=config.teacher.ema, spec=spec)
     different = networks.differences(teacher.network.spec, spec)
     if different:
         raise ValueError(f"teacher.path: {config.teacher.path} is another network than config.network: {'; '.join(different)}")

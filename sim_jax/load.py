@@ -7,6 +7,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -14,6 +15,8 @@ from sim_jax import checkpoint, networks, optim, sharding, weights
 from sim_jax.data import labels
 from sim_jax.evals.generate import ImageSampler, Latents, SamplerSpec
 from sim_jax.types import Params
+
+_RANDOM = "random:"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -50,6 +53,21 @@ def load(path: str | pathlib.Path, *, ema: str | None = None) -> Loaded:
     network, params, header = weights.load(str(path))
     origin = {"path": str(path), "hash": header["hash"][:12], **{k: header[k] for k in ("ema", "step") if k in header}}
     return Loaded(network=network, params=params, sigma_init=header.get("sigma_init"), origin=origin, labels=header.get("labels", {}))
+
+
+def load_teacher(path: str, *, ema: str | None, spec: Mapping[str, Any]) -> Loaded:
+    """A config's teacher: what `load` takes, or "random:SEED" for weights that nobody trained, of the network `spec`.
+
+    Raises: ValueError as `load` does.
+    """
+    if not path.startswith(_RANDOM):
+        return load(path, ema=ema)
+    seed = path.removeprefix(_RANDOM)
+    if not seed.isdecimal():
+        raise ValueError(f"teacher.path: got {path!r}, allowed: {_RANDOM} and a whole number")
+    network = networks.build(spec)
+    params = sharding.to_host(jax.jit(network.init)(jax.random.key(int(seed))))
+    return Loaded(network=network, params=params, sigma_init=None, origin={"path": path})
 
 
 def _load_workdir(workdir: pathlib.Path, ema: str | None) -> Loaded:
@@ -105,8 +123,6 @@ class Generator:
 
     @property
     def _params(self) -> Params:
-        import jax
-
         return jax.tree.map(jnp.asarray, self.loaded.params)
 
 

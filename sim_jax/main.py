@@ -8,67 +8,102 @@ The same command again resumes. SIGTERM and SIGINT save first (exit codes 143 an
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import pathlib
+import re
 import sys
+from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from sim_jax import cli
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with its argument after a colon: configs/cifar10.py:cond",
-                                          lock_config=True)
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, figures, pictures and the report.")
-_DISTRIBUTED = flags.DEFINE_enum("distributed", "auto", ["auto", "on", "off"],
-                                 "Several processes: found by TPU pods, SLURM and Open MPI; 'on' insists.")
+_USAGE = "python -m sim_jax.main --config=configs/digits.py --workdir=runs/digits"
 
 
-def _parse(argv: list[str]) -> tuple[ConfigDict, str, list[str]]:
-    """Flags -> (config, workdir, overrides). Raises ValueError for anything wrong in them."""
-    overrides = [a for a in argv[1:] if a.startswith(("--config.", "-config."))]
-    named = [a.split("=", 1)[1] for a in argv[1:] if a.startswith(("--config=", "-config="))]
-    if named:
-        file = pathlib.Path(named[-1].split(":", 1)[0])
-        if not file.is_file():
-            raise ValueError(f"--config: got {named[-1]!r}, but {file} is no file; allowed: a config such as configs/digits.py")
-        sys.path.insert(0, str(file.resolve().parents[1]))  # for `from configs import common`
+def _flags(config: ConfigDict | None, argv: list[str]) -> flags.FlagValues:
+    """The flags of one call, not yet parsed; `argv` says which keys of `config` are overridden.
+
+    Raises: KeyError or AttributeError for a key that `config` does not have.
+    """
+    values = flags.FlagValues()
+    if config is None:  # for --help
+        flags.DEFINE_string("config", None, "Config file, with its words after a colon: configs/cifar10.py:cond,tiny. "
+                                            "--config.KEY=VALUE overrides a key.", flag_values=values)
+    else:
+        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
+    flags.DEFINE_string("workdir", None, "Folder for checkpoints, figures, pictures and the report.", flag_values=values)
+    flags.DEFINE_enum("distributed", "auto", ["auto", "on", "off"],
+                      "Several processes: found by TPU pods, SLURM and Open MPI; 'on' insists.", flag_values=values)
+    return values
+
+
+def _load_config(name: str) -> ConfigDict:
+    """What `get_config` of "FILE.py:words" returns. Raises ValueError if that fails."""
+    path, colon, words = name.partition(":")
+    file = pathlib.Path(path)
+    if not file.is_file() or file.suffix != ".py":
+        raise ValueError(f"--config: got {name!r}, but {path} is no Python file; allowed: a config such as configs/digits.py")
+    folder = str(file.resolve().parents[1])
+    if folder not in sys.path:
+        sys.path.insert(0, folder)  # for `from configs import common`
     try:
-        rest = flags.FLAGS(argv)
-        config = _CONFIG.value
+        spec = importlib.util.spec_from_file_location("sim_jax_config", file)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        config = module.get_config(words) if colon else module.get_config()
+    except ValueError as error:
+        raise ValueError(f"--config: {path}: {error}") from error
+    except Exception as error:  # whatever a file that is no config raises
+        raise ValueError(f"--config: {path}: {type(error).__name__}: {error}") from error
+    if not isinstance(config, ConfigDict):
+        raise ValueError(f"--config: {path}: get_config returned {type(config).__name__}, allowed: ConfigDict")
+    return config.lock()
+
+
+def _parse(argv: list[str]) -> tuple[ConfigDict, flags.FlagValues, list[str]]:
+    """Command line -> (config, flags, overrides). Raises ValueError for anything wrong in it."""
+    rest, name = [], None
+    arguments = iter(argv)
+    for argument in arguments:
+        if argument in ("--config", "-config"):
+            name = next(arguments, None)
+        elif argument.startswith(("--config=", "-config=")):
+            name = argument.split("=", 1)[1]
+        else:
+            rest.append(argument)
+    if not name:
+        raise ValueError(f"--config: missing; usage: {_USAGE}")
+    config = _load_config(name)
+    overrides = [a for a in rest if re.match(r"--?(no)?config\.", a)]
+    try:
+        values = _flags(config, rest)
+        positional = values(rest)[1:]
     except flags.Error as error:
-        raise ValueError(" ".join(str(error).split())) from None
-    except (AttributeError, KeyError) as error:
-        raise ValueError(_explain_key(argv, error)) from None
-    except (TypeError, SyntaxError, ImportError) as error:
-        raise ValueError(f"--config: {type(error).__name__}: {' '.join(str(error).split())}") from None
-    if len(rest) > 1:
-        raise ValueError(f"arguments: got {rest[1]!r}, allowed: --config=... --workdir=... --config.KEY=VALUE")
-    for flag, value in (("--config", config), ("--workdir", _WORKDIR.value)):
-        if not value:
-            raise ValueError(f"{flag}: missing; usage: python -m sim_jax.main --config=configs/digits.py --workdir=runs/digits")
-    return config, _WORKDIR.value, overrides
+        raise ValueError(str(error)) from None
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(_explain(config, overrides, error)) from None
+    if positional:
+        raise ValueError(f"arguments: got {positional[0]!r}, allowed: --config=FILE --workdir=FOLDER --config.KEY=VALUE")
+    if not values.workdir:
+        raise ValueError(f"--workdir: missing; usage: {_USAGE}")
+    return config, values, overrides
 
 
-def _explain_key(argv: list[str], error: Exception) -> str:
-    """Which override named a key that the config does not have."""
+def _explain(config: ConfigDict, overrides: list[str], error: Exception) -> str:
+    """Which override names a key that the config does not have, or cannot take."""
     from sim_jax import experiment
 
-    plain = [a for a in argv if not a.startswith(("--config.", "-config."))]
-    try:
-        flags.FLAGS.unparse_flags()
-        flags.FLAGS(plain)
-        config = _CONFIG.value
-    except Exception:  # the config file itself is at fault
-        return f"--config: {type(error).__name__}: {' '.join(str(error).split())}"
-    for override in (a.lstrip("-").split("=")[0] for a in argv if a.startswith(("--config.", "-config."))):
-        dotted = override.removeprefix("config.")
-        section = config
+    for override in overrides:
+        dotted = re.sub(r"--?(no)?config\.", "", override.split("=")[0])
+        section: Any = config
         for part in dotted.split("."):
             if not isinstance(section, ConfigDict) or part not in section:
                 return experiment.explain_unknown(config, dotted)
             section = section[part]
-    return f"--config: {' '.join(str(error).split())}"
+    return f"config: {error}"
 
 
 def _start_processes(mode: str) -> None:
@@ -84,17 +119,16 @@ def _start_processes(mode: str) -> None:
 def main(argv: list[str] | None = None) -> int:
     argv = list(sys.argv if argv is None else argv)
     if any(a in ("-h", "--help", "--helpfull") for a in argv[1:]):
-        print(__doc__)
-        print(flags.FLAGS.get_flags_for_module(sys.modules[__name__]) and flags.FLAGS.module_help(sys.modules[__name__]))
+        print(f"{__doc__}\n{_flags(None, argv).get_help()}")
         return 0
 
     def work() -> int:
-        config, workdir, overrides = _parse(argv)
+        config, values, overrides = _parse(argv)
         cli.use_compilation_cache()
-        _start_processes(_DISTRIBUTED.value)
+        _start_processes(values.distributed)
         from sim_jax import train
 
-        return train.run(config, workdir, command=cli.command_line("sim_jax.main", argv), overrides=overrides)
+        return train.run(config, values.workdir, command=cli.command_line("sim_jax.main", argv), overrides=overrides)
 
     return cli.guard(work)
 

@@ -58,10 +58,11 @@ def _find(args: argparse.Namespace):
         raise ValueError(f"--workdir: got {args.workdir!r}, which has no config.json; allowed: the workdir of a run")
     if not args.teacher:
         return load.load(args.workdir, ema=args.ema)
-    record = checkpoint.read_json(config)["config"]
-    if record["method"] == "dsm":
+    record = checkpoint.read_json(config)
+    if record["config"]["method"] == "dsm":
         return load.load(args.workdir, ema=args.ema)
-    return load.load(record["teacher"]["path"], ema=record["teacher"]["ema"])
+    teacher = record["config"]["teacher"]
+    return load.load_teacher(teacher["path"], ema=teacher["ema"], spec=record["network"])
 
 
 def run(args: argparse.Namespace) -> int:

@@ -45,9 +45,6 @@ class Showcase:
         else:
             self._teacher = ImageSampler(recipe.fake_score.network, steps, **kwargs)
         self._features = features.digits_features() if config.run.features == "digits" else None
-        if self._features is not None and self._features.image_shape != self._latents.image_shape:
-            raise ValueError(f"run.features: got 'digits' for images {self._latents.image_shape}, "
-                             f"allowed for images {self._features.image_shape}")
         self._ema = optim.ema_names(config.ema.halflife_kimg)[0]
         # A grid shows the classes in turn, so that columns compare like with like.
         count, label_dim = config.run.grid, self._latents.label_dim

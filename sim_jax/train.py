@@ -8,12 +8,14 @@ import json
 import pathlib
 import platform
 import signal
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from importlib import metadata
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -35,7 +37,7 @@ def run(config: ConfigDict, workdir: str | pathlib.Path, *, command: str = "", o
       config: as from configs/common.py.
       workdir: checkpoints, figures, pictures and the report go here.
       command, overrides: recorded in config.json and the report.
-    Returns: the exit code: 0 when done, 143 or 130 after SIGTERM or SIGINT (with the state saved).
+    Returns: the exit code: 0 when done (at once, if the workdir's run is), 143 or 130 after SIGTERM or SIGINT (with the state saved).
     Raises: ValueError for bad input, before anything is compiled; FloatingPointError if training diverges.
     """
     clock = Clock()
@@ -53,6 +55,9 @@ def run(config: ConfigDict, workdir: str | pathlib.Path, *, command: str = "", o
     with checkpoint.Checkpoints(workdir / "checkpoints", keep=config.run.keep) as checkpoints, _Signals() as signals:
         # States: the newest checkpoint, or a fresh start.
         first, seconds = checkpoints.latest() or 0, 0.0
+        if first == experiment.total_steps and _reported_steps(workdir) == first:
+            bar.note(f"step {first} of {first}: nothing is left to do; to measure again delete {workdir / 'report.json'}")
+            return 0
         if first:
             state, meta = checkpoints.restore(first, experiment.shapes, experiment.shardings)
             seconds = meta["seconds"]
@@ -69,6 +74,7 @@ def run(config: ConfigDict, workdir: str | pathlib.Path, *, command: str = "", o
             code, state = _loop(experiment, state, teacher_params, first, clock, checkpoints, writer, bar, show, signals)
             if code:
                 return code
+            signals.all_is_saved = True
             bar.note("measuring the final figures")
             show.finish(state, seconds=clock.seconds, to_first_step=clock.seconds_to_first_step, command=command,
                         versions=versions(), device=device_name())
@@ -92,6 +98,7 @@ def _loop(experiment: Experiment, state, teacher_params, first: int, clock: Cloc
         noise = {k: v for k, v in config.generator.noise.to_dict().items() if v is not None}
         levels = probes.probe_levels(noise.pop("name"), **noise)
         probe_fn = jax.jit(probes.make_probe(recipe, levels, count=_probe_count(experiment)), out_shardings=replicated)
+    largest_fn = jax.jit(_largest, out_shardings=replicated)
     block = jax.default_backend() == "cpu"  # programs that queue up on fake devices deadlock
 
     batches = _batches(experiment, first)
@@ -125,12 +132,13 @@ def _loop(experiment: Experiment, state, teacher_params, first: int, clock: Cloc
         stopped = signals.received
         if done % every.save_every == 0 or done == total or stopped:
             with clock.pause():
-                _stop_if_diverged({k: v for k, v in metrics.items() if k.endswith("/loss")}, done)
+                _stop_if_diverged({k: v for k, v in metrics.items() if k.endswith(("/loss", "/grad_norm"))}, done)
+                _stop_if_diverged({"the largest parameter": largest_fn(state)}, done)  # what the last step made, no loss has seen
                 writer.flush()
                 checkpoints.save(done, state, {"seconds": clock.seconds, "kimg": kimg})
-        if stopped and done < total:
+        if stopped:
             checkpoints.wait()
-            bar.note(f"{signal.Signals(stopped).name}: saved step {done}; the same command resumes")
+            bar.note(f"{signal.Signals(stopped).name}: saved step {done} of {total}; the same command resumes")
             return _EXIT_CODES[stopped], state
     if first >= total:
         show.samples(total, state)
@@ -141,6 +149,12 @@ def _loop(experiment: Experiment, state, teacher_params, first: int, clock: Cloc
 def _probe_count(experiment: Experiment) -> int:
     size = experiment.layout.mesh.size
     return -(-experiment.config.run.probe_images // size) * size
+
+
+def _largest(state) -> jax.Array:
+    """The largest magnitude among the networks' parameters; NaN if there is one."""
+    trained = [network.params for network in (state.generator, state.fake_score) if network is not None]
+    return jnp.max(jnp.stack([jnp.max(jnp.abs(leaf)) for leaf in jax.tree.leaves(trained)]))
 
 
 def _stop_if_diverged(metrics: dict[str, Any] | None, step: int) -> None:
@@ -165,11 +179,20 @@ def _batches(experiment: Experiment, first: int) -> Iterator[dict[str, jax.Array
 
 
 class _Signals:
-    """Remembers SIGTERM and SIGINT instead of dying, for the loop to save first; a second one kills as usual."""
+    """Remembers SIGTERM and SIGINT instead of dying, for the loop to save first; a second one kills as usual.
+
+    Attributes:
+      received: the signal.
+      all_is_saved: set by the run once nothing is left to save; a signal then ends it at once.
+    """
 
     received: int | None = None
+    all_is_saved = False
 
     def _take(self, number: int, frame: Any) -> None:
+        if self.all_is_saved:
+            print(f"{signal.Signals(number).name}: everything is saved; the same command finishes the report", file=sys.stderr)
+            raise SystemExit(_EXIT_CODES[number])
         self.received = number
         signal.signal(number, self._before[number])
 
@@ -180,6 +203,12 @@ class _Signals:
     def __exit__(self, *unused: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+
+def _reported_steps(workdir: pathlib.Path) -> int | None:
+    """The length of the run that report.json tells of."""
+    path = workdir / "report.json"
+    return checkpoint.read_json(path).get("steps") if path.is_file() and (workdir / "report.html").is_file() else None
 
 
 def versions() -> dict[str, str]:
@@ -213,7 +242,7 @@ def _lines(path: str) -> list[str]:
 def _claim(workdir: pathlib.Path, experiment: Experiment, command: str, overrides: Sequence[str], *, write: bool) -> pathlib.Path:
     """Makes the workdir this config's, or checks that it already is.
 
-    Raises: ValueError if it cannot be written, belongs to another config, or holds something else.
+    Raises: ValueError if it cannot be written, belongs to another config or to a longer run, or holds something else.
     """
     record = {
         "config": experiments.plain(experiment.config),
@@ -230,6 +259,10 @@ def _claim(workdir: pathlib.Path, experiment: Experiment, command: str, override
                              f"{f' and {len(different) - 6} more' if len(different) > 6 else ''}; choose another --workdir")
     elif (workdir / "checkpoints").exists():
         raise ValueError(f"workdir: {workdir} holds checkpoints but no config.json; choose another --workdir")
+    done, config = checkpoint.latest_step(workdir / "checkpoints") or 0, experiment.config
+    if done > experiment.total_steps:
+        least = done * config.total_kimg / experiment.total_steps
+        raise ValueError(f"total_kimg: got {config.total_kimg:g}, allowed: {least:g} or more, as {workdir} has come that far")
     workdir = files.make_folder(workdir)
     if write:
         text = json.dumps(record, indent=1, sort_keys=True).encode() + b"\n"

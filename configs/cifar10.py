@@ -1,0 +1,45 @@
+"""CIFAR-10, 32x32, from EDM's teachers: SIM into a one-step generator, without images.
+
+Paper:     SIM, arXiv 2410.16794, section 5.1.
+Command:   python -m sim_jax.main --config=configs/cifar10.py:cond,vp --workdir=runs/cifar10 --config.teacher.path=teachers/cifar10-cond-vp
+Hardware:  4 x A100-40G [recalled]; hours and images were not published. SiD, whose cost per image is the same, reports 404 (uncond)
+           and 713 (cond) million images for its best checkpoints, "very competitive" ones from 100 million.
+Published: FID 2.06 unconditional, 1.96 conditional, one call [paper's abstract]; teacher 1.97 and 1.79 in 35 calls [EDM].
+           Ours: not measured.
+Values:    sigma_init 2.5 [read in the authors' text-to-image code, recalled for CIFAR-10]; lr 1e-5, Adam(0, 0.999), batch 256, one fake
+           update per generator update, fake first, log-normal(-1.2, 1.2) for the fake score and Karras levels with u in [0, 0.8] for
+           the generator [recalled; SiD's code has the same]; EMA half-life 500 kimg, ramp-up 0.05 [SiD's]; fake-score augmentation
+           0.12 and dropout 0.13 [SiD's]; c = 0.03 = 0.00054 sqrt(3072) in x0-space [iCT's rule, ours for SIM]; weighting none and the
+           length, 100 million images [ours].
+Words:     uncond (default) or cond; vp (default: DDPM++) or ve (NCSN++); full (default) or tiny (a small random teacher, seconds).
+"""
+
+from configs import common
+
+WORDS = {"labels": ("uncond", "cond"), "arch": ("vp", "ve"), "size": ("full", "tiny")}
+
+
+def get_config(arg=None):
+    words = common.parse_arg(arg, **WORDS)
+    config = common.get_config("sim")
+    cifar10_network(config.network, words)
+    config.total_kimg = 100_000.0
+    config.batch_size = 256
+    config.objective.c = 0.03
+    config.fake_score.augment_p = 0.12
+    config.run.update(log_every=50, probe_every=1000, sample_every=1000, save_every=2000)
+    if words["size"] == "tiny":
+        common.shrink_run(config)
+        config.teacher.path = "random:0"            # weights that nobody trained: shows the machinery, not quality
+    return config
+
+
+def cifar10_network(network, words):
+    """EDM's CIFAR-10 networks (its train.py and released checkpoints); `tiny` keeps the structure at a fraction of the width."""
+    network.update(img_resolution=32, img_channels=3, label_dim=10 if words["labels"] == "cond" else 0, augment_dim=9,
+                   model_channels=128, channel_mult=(2, 2, 2), num_blocks=4, attn_resolutions=(16,), dropout=0.13)
+    if words["arch"] == "ve":
+        network.update(embedding_type="fourier", channel_mult_noise=2, encoder_type="residual", resample_filter=(1, 3, 3, 1))
+    if words["size"] == "tiny":
+        network.update(model_channels=16, channel_mult=(1, 2), num_blocks=1)
+    return network
