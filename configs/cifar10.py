@@ -11,35 +11,45 @@ Values:    sigma_init 2.5 [read in the authors' text-to-image code, recalled for
            the generator [recalled; SiD's code has the same]; EMA half-life 500 kimg, ramp-up 0.05 [SiD's]; fake-score augmentation
            0.12 and dropout 0.13 [SiD's]; c = 0.03 = 0.00054 sqrt(3072) in x0-space [iCT's rule, ours for SIM]; weighting none and the
            length, 100 million images [ours].
-Words:     uncond (default) or cond; vp (default: DDPM++) or ve (NCSN++); full (default) or tiny (a small random teacher, seconds).
+Words:     sim (default) or teacher (that is cifar10_teacher.py, which see); uncond (default) or cond; vp (default: DDPM++) or ve
+           (NCSN++); full (default) or tiny (a small network, for sim a random teacher; seconds).
 """
 
 from configs import common
 
-WORDS = {"labels": ("uncond", "cond"), "arch": ("vp", "ve"), "size": ("full", "tiny")}
+WORDS = {"job": ("sim", "teacher"), "labels": ("uncond", "cond"), "arch": ("vp", "ve"), "size": ("full", "tiny")}
 
 
 def get_config(arg=None):
     words = common.parse_arg(arg, **WORDS)
-    config = common.get_config("sim")
-    cifar10_network(config.network, words)
-    config.total_kimg = 100_000.0
-    config.batch_size = 256
-    config.objective.c = 0.03
+    config = common.get_config("sim" if words["job"] == "sim" else "dsm")
+    config.network.update(img_resolution=32, img_channels=3, label_dim=10 if words["labels"] == "cond" else 0, augment_dim=9,
+                          model_channels=128, channel_mult=(2, 2, 2), num_blocks=4, attn_resolutions=(16,), dropout=0.13)
+    if words["arch"] == "ve":
+        config.network.update(embedding_type="fourier", channel_mult_noise=2, encoder_type="residual", resample_filter=(1, 3, 3, 1))
     config.fake_score.augment_p = 0.12
-    config.run.update(log_every=50, probe_every=1000, sample_every=1000, save_every=2000)
+    (_distil if words["job"] == "sim" else _train_teacher)(config)
     if words["size"] == "tiny":
         common.shrink_run(config)
-        config.teacher.path = "random:0"            # weights that nobody trained: shows the machinery, not quality
+        config.network.update(model_channels=16, channel_mult=(1, 2), num_blocks=1)
+        if words["job"] == "sim":
+            config.teacher.path = "random:0"        # weights that nobody trained: shows the machinery, not quality
+        else:
+            config.fake_score.optimizer.warmup_steps = 5
+            config.data.max_size = 2000
     return config
 
 
-def cifar10_network(network, words):
-    """EDM's CIFAR-10 networks (its train.py and released checkpoints); `tiny` keeps the structure at a fraction of the width."""
-    network.update(img_resolution=32, img_channels=3, label_dim=10 if words["labels"] == "cond" else 0, augment_dim=9,
-                   model_channels=128, channel_mult=(2, 2, 2), num_blocks=4, attn_resolutions=(16,), dropout=0.13)
-    if words["arch"] == "ve":
-        network.update(embedding_type="fourier", channel_mult_noise=2, encoder_type="residual", resample_filter=(1, 3, 3, 1))
-    if words["size"] == "tiny":
-        network.update(model_channels=16, channel_mult=(1, 2), num_blocks=1)
-    return network
+def _distil(config):
+    config.total_kimg = 100_000.0
+    config.batch_size = 256
+    config.objective.c = 0.03
+    config.run.update(log_every=50, probe_every=1000, sample_every=1000, save_every=2000)
+
+
+def _train_teacher(config):
+    config.total_kimg = 200_000.0
+    config.batch_size = 512
+    config.data.name = "images"
+    config.fake_score.optimizer.update(lr=1e-3, b1=0.9, warmup_steps=10_000_000 // 512)
+    config.run.update(log_every=50, sample_every=2000, save_every=2000)

@@ -10,23 +10,10 @@ Values:    all EDM's: batch 512, 200 million images, lr 1e-3 with 10 million ima
 Words:     uncond (default) or cond; vp (default: DDPM++) or ve (NCSN++); full (default) or tiny (a small network, seconds on a CPU).
 """
 
-from configs import common
-from configs.cifar10 import WORDS as WORDS
-from configs.cifar10 import cifar10_network
+from configs import cifar10
+
+WORDS = {name: words for name, words in cifar10.WORDS.items() if name != "job"}
 
 
 def get_config(arg=None):
-    words = common.parse_arg(arg, **WORDS)
-    config = common.get_config("dsm")
-    cifar10_network(config.network, words)
-    config.total_kimg = 200_000.0
-    config.batch_size = 512
-    config.data.name = "images"
-    config.fake_score.augment_p = 0.12
-    config.fake_score.optimizer.update(lr=1e-3, b1=0.9, warmup_steps=10_000_000 // 512)
-    config.run.update(log_every=50, sample_every=2000, save_every=2000)
-    if words["size"] == "tiny":
-        common.shrink_run(config)
-        config.fake_score.optimizer.warmup_steps = 5
-        config.data.max_size = 2000
-    return config
+    return cifar10.get_config(",".join(filter(None, ["teacher", arg])))

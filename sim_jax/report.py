@@ -117,7 +117,8 @@ def _row_names(summary: Mapping[str, Any]) -> list[str]:
     """The summary's entries that are rows of the table: the known ones first."""
     rows = [name for name, entry in summary.items()
             if isinstance(entry, dict) and name not in _PLACED
-            and (name in _ROWS or entry.keys() & {"fd", "calls"})]
+            and (name in _ROWS or entry.keys() & {"fd", "calls"})
+            and any(value is not None for value in entry.values())]
     return [name for name in _ROWS if name in rows] + [name for name in rows if name not in _ROWS]
 
 

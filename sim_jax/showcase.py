@@ -116,7 +116,7 @@ class Showcase:
         rows: dict[str, dict[str, Any]] = {role: {"calls": sampler.spec.calls, **dict.fromkeys(_FIGURES)}}
         if experiment.distils:
             rows["teacher"] = {"calls": self._teacher.spec.calls, **dict.fromkeys(_FIGURES)}
-        rows["real_halves"] = {"fd": None}
+        rows["real_halves"] = {"fd": None}  # promised in report.json, measured or not
         protocol: dict[str, Any] = {"ema": self._ema, "seed": _EVAL_SEED}
         if self._features is not None and config.run.eval_images:
             import time

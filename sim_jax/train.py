@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from clu import parameter_overview
 from ml_collections import ConfigDict
 
 from sim_jax import checkpoint, experiment as experiments, files, optim, probes, sharding, showcase, steps
@@ -102,6 +103,8 @@ def _loop(experiment: Experiment, state, teacher_params, first: int, clock: Cloc
     block = jax.default_backend() == "cpu"  # programs that queue up on fake devices deadlock
 
     batches = _batches(experiment, first)
+    if first < total:
+        bar.note(f"{experiment.trained.network.num_params():,} parameters on {device_name()}; compiling the first step")
     if first == 0:
         show.samples(0, state)
     last_loss = None
@@ -267,4 +270,6 @@ def _claim(workdir: pathlib.Path, experiment: Experiment, command: str, override
     if write:
         text = json.dumps(record, indent=1, sort_keys=True).encode() + b"\n"
         files.write_atomically(path, lambda file: file.write(text), key="workdir")
+        table = parameter_overview.get_parameter_overview(experiment.trained.network.shapes(), include_stats=False)
+        files.write_atomically(workdir / "parameters.txt", lambda file: file.write(table.encode() + b"\n"), key="workdir")
     return workdir.absolute()
