@@ -15,8 +15,8 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from sim_jax import load, networks, objectives, optim, randomness, sharding, steps
-from sim_jax.data import augment, digits, labels, make_source
+from sim_jax import config_checks, load, networks, objectives, optim, randomness, sharding, steps
+from sim_jax.data import augment, labels, make_source
 from sim_jax.data.source import Source
 from sim_jax.diffusion import noise_levels
 from sim_jax.evals.generate import Latents
@@ -81,7 +81,7 @@ def build(config: ConfigDict, *, devices: Sequence[Any] | None = None, with_data
       with_weights: False takes shapes for the teacher's weights, those of `config.network`, and reads no file.
     Raises: ValueError for anything wrong: one line with the key, what came and what is allowed.
     """
-    _check_numbers(config)
+    config_checks.check(config.to_dict())
     objective = objectives.get(config.method, critic=None if config.method == "dsm" else _given(config.fake_score.loss),
                                **_given(config.objective))
     mesh = sharding.make_mesh(config.sharding.mesh, devices=devices)
@@ -89,7 +89,8 @@ def build(config: ConfigDict, *, devices: Sequence[Any] | None = None, with_data
         sharding.check_rules(rules, mesh)
     pieces = _micro_batches(config, mesh.size)
     spec = networks.full_spec(_given(config.network))
-    _check_features(config, spec)
+    config_checks.check_features(config.run.features, resolution=spec["img_resolution"], channels=spec["img_channels"],
+                                 label_dim=spec["label_dim"])
     source = _source(config, spec, objective) if with_data else None
     teacher = _teacher(config, spec, with_weights) if "teacher" in objective.needs else None
 
@@ -103,7 +104,7 @@ def build(config: ConfigDict, *, devices: Sequence[Any] | None = None, with_data
         objective=objective, fake_score=fake_score, generator=generator,
         teacher=networks.build(spec, dtype=config.teacher.dtype) if teacher else None,
         labels=labels.make(config.labels.scheme, spec["label_dim"], histogram=_histogram(config)),
-        augment=_augmentation(config, spec), batch_size=config.batch_size, micro_batches=pieces,
+        augment=_augmentation(config, fake_score.network), batch_size=config.batch_size, micro_batches=pieces,
         loop="python" if jax.default_backend() == "cpu" else "scan", sigma_init=config.generator.sigma_init,
         ema=dict(halflife_kimg=tuple(config.ema.halflife_kimg), rampup=config.ema.rampup), layout=Layout(mesh))
 
@@ -125,9 +126,12 @@ def initial_state(experiment: Experiment) -> DistillState:
         return make()
 
     def network(role: steps.Role, shardings: TrainState, shapes: TrainState) -> TrainState:
-        # Every copy is placed on its own: two networks that shared a buffer could not both be donated.
-        copies = {name: sharding.place(experiment.teacher.params, shardings.ema[name]) for name in shapes.ema}
-        params = sharding.place(experiment.teacher.params, shardings.params)
+        def copy(layout: Params) -> Params:
+            # Every copy is placed on its own: two networks that shared a buffer could not both be donated.
+            return jax.jit(role.network.project, out_shardings=layout)(sharding.place(experiment.teacher.params, layout))
+
+        copies = {name: copy(shardings.ema[name]) for name in shapes.ema}
+        params = copy(shardings.params)
         opt_state = jax.jit(role.optimizer.init, out_shardings=shardings.opt_state)(params)
         return TrainState(step=sharding.place(0, shardings.step).astype("int32"), params=params, opt_state=opt_state, ema=copies)
 
@@ -160,41 +164,6 @@ def _histogram(config: ConfigDict) -> tuple[float, ...] | None:
     return tuple(config.labels.histogram) or None
 
 
-def _check_numbers(config: ConfigDict) -> None:
-    positive = ("total_kimg", "batch_size", "generator.sigma_init", "fake_score.updates", "teacher.num_steps", "run.log_every",
-                "run.probe_every", "run.sample_every", "run.save_every", "run.keep", "run.grid", "run.probe_images",
-                "run.batch_per_device")
-    not_negative = ("seed", "max_batch_per_device", "ema.rampup", "run.eval_every", "run.eval_images", "run.data_threads",
-                    "fake_score.augment_p")
-    flat = config.to_dict()
-    for keys, low, words in ((positive, 1e-30, "above 0"), (not_negative, 0, "0 or above")):
-        for key in keys:
-            value = flat
-            for part in key.split("."):
-                value = value[part]
-            if not low <= value < math.inf:
-                raise ValueError(f"{key}: got {value}, allowed: {words}")
-    for key, value, allowed in (("precision", config.precision, ("highest", "high", "default")),
-                                ("run.features", config.run.features, ("digits", "none"))):
-        if value not in allowed:
-            raise ValueError(f"{key}: got {value!r}, allowed: {', '.join(allowed)}")
-    halflives = tuple(config.ema.halflife_kimg)
-    if not halflives or min(halflives) <= 0 or len(set(optim.ema_names(halflives))) < len(halflives):
-        raise ValueError(f"ema.halflife_kimg: got {halflives}, allowed: one or more different numbers above 0")
-    if 0 < config.run.eval_images < 100:
-        raise ValueError(f"run.eval_images: got {config.run.eval_images}, allowed: 0 (no evaluation) or at least 100")
-
-
-def _check_features(config: ConfigDict, spec: Mapping[str, Any]) -> None:
-    """Whether what the final figures are measured in can see the network's images and classes."""
-    if config.run.features == "none":
-        return
-    got, allowed = (spec["img_resolution"], spec["img_channels"]), (digits.load().resolution, digits.load().channels)
-    if got != allowed or spec["label_dim"] > digits.NUM_CLASSES:
-        raise ValueError(f"run.features: got 'digits' for images of {got[0]}x{got[0]}x{got[1]} in {spec['label_dim']} classes, "
-                         f"allowed for {allowed[0]}x{allowed[0]}x{allowed[1]} in at most {digits.NUM_CLASSES}, or 'none'")
-
-
 def _micro_batches(config: ConfigDict, num_devices: int) -> int:
     """Into how many pieces an update's batch is cut."""
     batch, limit = config.batch_size, config.max_batch_per_device
@@ -219,12 +188,12 @@ def _role(section: ConfigDict, name: str, spec: Mapping[str, Any], total_steps: 
         raise ValueError(f"{name}: {error}") from None
 
 
-def _augmentation(config: ConfigDict, spec: Mapping[str, Any]):
+def _augmentation(config: ConfigDict, network: networks.Network):
     p = config.fake_score.augment_p
     if not p:
         return None
-    if spec["augment_dim"] != augment.LABEL_DIM:
-        raise ValueError(f"fake_score.augment_p: got {p} for a network with augment_dim {spec['augment_dim']}, "
+    if network.augment_dim != augment.LABEL_DIM:
+        raise ValueError(f"fake_score.augment_p: got {p} for a network with augment_dim {network.augment_dim}, "
                          f"allowed: 0, or a network with augment_dim {augment.LABEL_DIM}")
     return lambda keys, images: augment.augment(keys, images, p=p)
 
@@ -237,6 +206,8 @@ def _source(config: ConfigDict, spec: Mapping[str, Any], objective: objectives.O
     if "data" not in objective.needs:
         if name != "none":
             raise ValueError(f"data.name: got {name!r}, allowed with method {config.method!r}: none, it needs no images")
+        if knobs:
+            raise ValueError(f"data.{next(iter(knobs))}: got {next(iter(knobs.values()))!r}, allowed: only where data.name is not 'none'")
         return None
     return make_source(name, **knobs, resolution=spec["img_resolution"], channels=spec["img_channels"],
                        label_dim=spec["label_dim"])

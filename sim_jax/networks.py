@@ -1,9 +1,10 @@
 """From a network's description to pure functions: `build(spec) -> Network`.
 
-A description is the keyword arguments of EDM's preconditioner classes plus `precond`, the class: what `network.json` holds,
-what EDM's checkpoints carry and what a config's `network` section says. For instance
+A description is the keyword arguments of EDM's or EDM2's preconditioner classes plus `precond`, the class, and `model_type`,
+the raw network's: what `network.json` holds and what a config's `network` section says. For instance
 
     {"precond": "EDMPrecond", "model_type": "SongUNet", "img_resolution": 32, "img_channels": 3, "label_dim": 10, ...}
+    {"precond": "Precond", "model_type": "EDM2UNet", "img_resolution": 64, "img_channels": 4, "label_dim": 1000, ...}
 """
 
 from __future__ import annotations
@@ -11,24 +12,49 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from sim_jax.diffusion import preconditioners
+from sim_jax.models import edm2
 from sim_jax.models.adm import DhariwalUNet
 from sim_jax.models.song_unet import SongUNet
 from sim_jax.types import Array, Cond, DenoiseFn, Key, Params
 
-_MODELS = {"SongUNet": SongUNet, "DhariwalUNet": DhariwalUNet}
+
+class Family(NamedTuple):
+    """What one public code base offers: preconditioners and the raw networks that they take.
+
+    Attributes:
+      preconds, models: by class name; the first of each is the default.
+      defaults: of the preconditioner's arguments that are neither the network's nor its formula's.
+      prefix: of names in a state dict, in front of the tree's: the attribute under which the preconditioner keeps the network.
+      project: parameters -> parameters, onto the set that training keeps them in.
+    """
+
+    preconds: tuple[str, ...]
+    models: Mapping[str, Any]
+    defaults: Mapping[str, Any]
+    prefix: str = ""
+    project: Callable[[Params], Params] = lambda params: params
+
+
+_FAMILIES = (
+    Family(("EDMPrecond", "VPPrecond", "VEPrecond", "iDDPMPrecond"), {"DhariwalUNet": DhariwalUNet, "SongUNet": SongUNet},
+           {"img_channels": 3, "use_fp16": False}, prefix="model."),
+    Family(("Precond",), {"EDM2UNet": edm2.EDM2UNet}, {"img_channels": 3, "use_fp16": True}, project=edm2.project),
+)
 _OURS = ("in_channels", "out_channels", "dtype", "remat", "parent", "name")  # module fields that a description does not set
 _CHOICES = {
     "embedding_type": ("positional", "fourier"),
     "encoder_type": ("standard", "skip", "residual"),
     "decoder_type": ("standard", "skip"),
 }
+_FRACTIONS = ("label_balance", "concat_balance", "res_balance", "attn_balance")
+_BUFFERS = ("freqs", "phases")  # leaves of the tree that are not trained
 # What does not change the function that a network computes at evaluation, so two descriptions may differ in it.
 _TRAINING_ONLY = ("dropout", "label_dropout", "use_fp16")
 
@@ -42,12 +68,14 @@ class Network:
       precond: its preconditioner.
       module: the flax module of the raw network F.
       dtype: what F computes in; parameters, input and output are float32.
+      family: where its names and its training come from.
     """
 
     spec: Mapping[str, Any]
     precond: preconditioners.Preconditioner
     module: Any
     dtype: Any
+    family: Family
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -61,13 +89,17 @@ class Network:
 
     @property
     def augment_dim(self) -> int:
-        return self.spec["augment_dim"]
+        return self.spec["augment_dim"] if "augment_dim" in self.spec else 0
 
     def init(self, key: Key) -> Params:
         """Random parameters, float32, under the PyTorch names."""
         x = jnp.zeros((1, *self.image_shape))
         labels, augment = jnp.zeros((1, self.label_dim)), jnp.zeros((1, self.augment_dim))
-        return self.module.init(key, x, jnp.zeros((1,)), labels, augment)["params"]
+        return self.project(self.module.init(key, x, jnp.zeros((1,)), labels, augment)["params"])
+
+    def project(self, params: Params) -> Params:
+        """What training does to parameters after every update: EDM2's go back to magnitude one, EDM's stay as they are."""
+        return self.family.project(params)
 
     def shapes(self) -> Params:
         """The tree of `init`, as ShapeDtypeStructs; computes nothing."""
@@ -99,9 +131,28 @@ class Network:
         return lambda x, sigma, cond: self.denoise(params, x, sigma, cond, dropout_keys=dropout_keys)
 
     def num_params(self) -> int:
-        """Trainable numbers; buffers (the Fourier frequencies) are not counted, as in EDM's figures."""
+        """Trainable numbers; buffers (Fourier frequencies and phases) are not counted, as in EDM's figures."""
         leaves = jax.tree_util.tree_leaves_with_path(self.shapes())
-        return sum(math.prod(leaf.shape) for path, leaf in leaves if path[-1].key != "freqs")
+        return sum(math.prod(leaf.shape) for path, leaf in leaves if path[-1].key not in _BUFFERS)
+
+
+def family_of(spec: Mapping[str, Any]) -> Family:
+    """The family that a description's `precond` and `model_type` belong to; EDM's where it gives neither.
+
+    Raises: ValueError for a name that no family has, or two names of different families.
+    """
+    given = {key: spec[key] for key in ("precond", "model_type") if key in spec}
+    offers = [{"precond": family.preconds, "model_type": tuple(family.models)} for family in _FAMILIES]
+    for key, name in given.items():
+        allowed = [n for offer in offers for n in offer[key]]
+        if name not in allowed:
+            raise ValueError(f"network.{key}: got {name!r}, allowed: {', '.join(allowed)}")
+    for family, offer in zip(_FAMILIES, offers, strict=True):
+        if all(name in offer[key] for key, name in given.items()):
+            return family
+    allowed = next(offer["model_type"] for offer in offers if given["precond"] in offer["precond"])
+    raise ValueError(f"network.model_type: got {given['model_type']!r} with precond {given['precond']!r}, "
+                     f"allowed: {', '.join(allowed)}")
 
 
 def full_spec(spec: Mapping[str, Any]) -> dict[str, Any]:
@@ -110,12 +161,11 @@ def full_spec(spec: Mapping[str, Any]) -> dict[str, Any]:
     Raises: ValueError naming the key, what came and what is allowed.
     """
     spec = {k: tuple(v) if isinstance(v, list) else v for k, v in spec.items()}
-    model_type = spec.get("model_type", "DhariwalUNet")
-    if model_type not in _MODELS:
-        raise ValueError(f"network.model_type: got {model_type!r}, allowed: {', '.join(_MODELS)}")
-    fields = {f.name: f.default for f in dataclasses.fields(_MODELS[model_type]) if f.name not in _OURS}
-    out = {"precond": "EDMPrecond", "model_type": model_type, "img_channels": 3, "use_fp16": False}
-    allowed = [*out, *fields, *preconditioners.arguments(spec.get("precond", "EDMPrecond"))]
+    family = family_of(spec)
+    out = {"precond": family.preconds[0], "model_type": next(iter(family.models)), **family.defaults}
+    out.update({key: spec[key] for key in ("precond", "model_type") if key in spec})
+    fields = {f.name: f.default for f in dataclasses.fields(family.models[out["model_type"]]) if f.name not in _OURS}
+    allowed = [*out, *fields, *preconditioners.arguments(out["precond"])]
     for key in spec:
         if key not in allowed:
             close = difflib.get_close_matches(key, allowed, 1)
@@ -128,6 +178,9 @@ def full_spec(spec: Mapping[str, Any]) -> dict[str, Any]:
     for key, choices in _CHOICES.items():
         if key in fields and out[key] not in choices:
             raise ValueError(f"network.{key}: got {out[key]!r}, allowed: {', '.join(choices)}")
+    for key in _FRACTIONS:
+        if key in fields and not 0 <= out[key] <= 1:
+            raise ValueError(f"network.{key}: got {out[key]!r}, allowed: from 0 to 1")
     deepest = 1 << (len(out["channel_mult"]) - 1)
     if out["img_resolution"] % deepest or out["img_resolution"] < deepest:
         raise ValueError(f"network.img_resolution: got {out['img_resolution']}, it must be a multiple of {deepest}, "
@@ -137,7 +190,7 @@ def full_spec(spec: Mapping[str, Any]) -> dict[str, Any]:
 
 def differences(spec: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     """The keys in which two descriptions name different functions, as "key: a != b"."""
-    a, b = full_spec(spec), full_spec(other)
+    a, b = ({**preconditioners.defaults(s["precond"]), **s} for s in (full_spec(spec), full_spec(other)))
     keys = sorted((a.keys() | b.keys()) - set(_TRAINING_ONLY))
     return [f"{k}: {a.get(k)!r} != {b.get(k)!r}" for k in keys if a.get(k) != b.get(k)]
 
@@ -146,7 +199,7 @@ def build(spec: Mapping[str, Any], *, dtype: str = "float32", remat: bool = Fals
     """Builds the network that `spec` describes.
 
     Args:
-      spec: EDM's constructor arguments and `precond`.
+      spec: constructor arguments, `precond` and `model_type`.
       dtype: what the raw network computes in, "float32" or "bfloat16". Parameters stay float32.
       remat: recompute blocks in the backward pass, for memory.
       dropout: replaces the description's dropout where given.
@@ -159,8 +212,9 @@ def build(spec: Mapping[str, Any], *, dtype: str = "float32", remat: bool = Fals
         spec["dropout"] = dropout
     precond = preconditioners.make(
         spec["precond"], **{k: spec[k] for k in preconditioners.arguments(spec["precond"]) if k in spec})
-    cls = _MODELS[spec["model_type"]]
+    family = family_of(spec)
+    cls = family.models[spec["model_type"]]
     kwargs = {f.name: spec[f.name] for f in dataclasses.fields(cls) if f.name in spec}
     module = cls(in_channels=spec["img_channels"], out_channels=spec["img_channels"] * precond.out_factor,
                  dtype=jnp.dtype(dtype), remat=remat, **kwargs)
-    return Network(spec=spec, precond=precond, module=module, dtype=jnp.dtype(dtype))
+    return Network(spec=spec, precond=precond, module=module, dtype=jnp.dtype(dtype), family=family)

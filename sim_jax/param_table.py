@@ -35,16 +35,23 @@ def unflatten(table: Mapping[str, object]) -> Params:
     return tree
 
 
-def _swap(array: np.ndarray, axes: dict[int, tuple[int, ...]]) -> np.ndarray:
-    return np.ascontiguousarray(array.transpose(axes[array.ndim])) if array.ndim in axes else array
+_TO_TORCH = {4: (3, 2, 0, 1), 2: (1, 0)}
+_FROM_TORCH = {4: (2, 3, 1, 0), 2: (1, 0)}
+
+
+def torch_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape that PyTorch gives to an array of this shape here."""
+    return tuple(shape[axis] for axis in _TO_TORCH.get(len(shape), range(len(shape))))
 
 
 def to_torch_layout(array: np.ndarray) -> np.ndarray:
-    return _swap(array, {4: (3, 2, 0, 1), 2: (1, 0)})
+    """A view in PyTorch's order of axes."""
+    return array.transpose(_TO_TORCH.get(array.ndim, tuple(range(array.ndim))))
 
 
 def from_torch_layout(array: np.ndarray) -> np.ndarray:
-    return _swap(array, {4: (2, 3, 1, 0), 2: (1, 0)})
+    """A view in the order of axes here."""
+    return array.transpose(_FROM_TORCH.get(array.ndim, tuple(range(array.ndim))))
 
 
 def to_torch(params: Params, *, prefix: str = "model.") -> dict[str, np.ndarray]:
@@ -60,21 +67,23 @@ def from_torch(state: Mapping[str, np.ndarray], shapes: Params, *, prefix: str =
       shapes: tree of ShapeDtypeStructs, as from `Network.shapes`.
       prefix: what the state's names carry in front of the tree's.
       source: named in the error.
-    Returns: tree of float32 numpy arrays.
+    Returns: tree of float32 numpy arrays, views of the state's where those are float32.
     Raises: ValueError listing names that are missing, unused or of another shape.
     """
-    wanted = {prefix + name: leaf for name, leaf in flatten(shapes).items()}
+    check(state, shapes, prefix=prefix, source=source)
+    return unflatten({name: from_torch_layout(np.asarray(state[prefix + name])).astype(np.float32, copy=False)
+                      for name in flatten(shapes)})
+
+
+def check(state: Mapping[str, np.ndarray], shapes: Params, *, prefix: str = "model.", source: str = "state") -> None:
+    """As `from_torch`, without the result: raises ValueError listing what does not fit."""
+    wanted = {prefix + name: torch_shape(leaf.shape) for name, leaf in flatten(shapes).items()}
     problems = _list("missing", wanted.keys() - state.keys()) + _list("unused", state.keys() - wanted.keys())
-    table = {}
-    for name in wanted.keys() & state.keys():
-        array = from_torch_layout(np.asarray(state[name]))
-        if array.shape != wanted[name].shape:
-            problems.append(f"{name} has shape {np.shape(state[name])}, expected "
-                            f"{to_torch_layout(np.empty(wanted[name].shape, np.bool_)).shape}")
-        table[name.removeprefix(prefix)] = array.astype(np.float32)
+    wrong = sorted(name for name in wanted.keys() & state.keys() if np.shape(state[name]) != wanted[name])
+    problems += [f"{name} has shape {np.shape(state[name])}, expected {wanted[name]}" for name in wrong[:8]]
+    problems += [f"{len(wrong) - 8} more of another shape"] if len(wrong) > 8 else []
     if problems:
         raise ValueError(f"{source}: does not fit the network: {'; '.join(problems)}")
-    return unflatten(dict(sorted(table.items())))
 
 
 def _list(what: str, names) -> list[str]:

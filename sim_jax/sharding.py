@@ -61,9 +61,9 @@ def check_rules(rules: Sequence[tuple[str, str]], mesh: Mesh) -> None:
         try:
             pattern, strategy = rule
             re.compile(pattern)
-        except (ValueError, TypeError, re.error):
+            kind, _, axis = strategy.partition(":")
+        except (ValueError, TypeError, AttributeError, re.error):
             raise ValueError(f"sharding.rules: got {rule!r}, allowed: (regex, strategy)") from None
-        kind, _, axis = strategy.partition(":")
         if kind not in ("replicate", "fsdp") or (axis and axis not in mesh.axis_names):
             raise ValueError(f"sharding.rules: got strategy {strategy!r}, allowed: replicate, fsdp, "
                              + ", ".join(f"fsdp:{name}" for name in mesh.axis_names))

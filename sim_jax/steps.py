@@ -106,7 +106,8 @@ def _latents(recipe: Recipe, key: Key, step: Array, turn: str, index: Array) -> 
 
 def _dropout_keys(role: Role, key: Key, step: Array, purpose: str, index: Array) -> Key | None:
     spec = role.network.spec
-    return sample_keys(key, step, purpose, index) if spec["dropout"] or spec["label_dropout"] else None
+    rates = [spec[name] for name in ("dropout", "label_dropout") if name in spec]
+    return sample_keys(key, step, purpose, index) if any(rates) else None
 
 
 def _noise(recipe: Recipe, role: Role, key: Key, step: Array, turn: str, index: Array) -> tuple[Array, NoiseLevel]:
@@ -153,7 +154,7 @@ def _gradient(recipe: Recipe, role: Role, loss: Callable[[Params, Any], tuple[Ar
 def _apply(recipe: Recipe, role: Role, state: TrainState, grads: Params) -> TrainState:
     """One optimiser step, and the averages that this network keeps."""
     updates, opt_state = role.optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    params = role.network.project(optax.apply_updates(state.params, updates))
     ema = state.ema
     if ema:
         seen = state.step.astype(jnp.float32) * recipe.batch_size

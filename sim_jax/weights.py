@@ -3,8 +3,8 @@
     a teacher directory     network.json (the description, a content hash, whatever else is known) + params.safetensors
     a single file           NAME.safetensors with the same JSON in its metadata, under "sim_jax"
 
-Both hold what EDM's PyTorch code calls `state_dict()`: names with the prefix "model.", convolutions OIHW. float16 files are read
-as float32.
+Both hold what the PyTorch code calls `state_dict()`: in EDM's case names with the prefix "model."; convolutions OIHW. float16
+files are read as float32.
 """
 
 from __future__ import annotations
@@ -13,45 +13,41 @@ import hashlib
 import importlib.resources
 import json
 import pathlib
-import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-import safetensors
-import safetensors.numpy
 
-from sim_jax import files, networks, param_table
+from sim_jax import convert, files, networks, param_table, tensor_file
 from sim_jax.checkpoint import read_json
-from sim_jax.convert import edm
 from sim_jax.types import Params
 
 _WEIGHTS, _NETWORK, _BUILTIN, _KEY = "params.safetensors", "network.json", "builtin:", "sim_jax"
 
 
-def content_hash(state: Mapping[str, np.ndarray]) -> str:
-    """SHA-256 over names, types, shapes and bytes, in the order of the names."""
+def content_hash(state: Mapping[str, np.ndarray], dtype: str | None = None) -> str:
+    """SHA-256 over names, types, shapes and bytes, in the order of the names; `dtype` hashes them as if they were of that type."""
     digest = hashlib.sha256()
     for name in sorted(state):
-        array = np.ascontiguousarray(state[name])
-        digest.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
-        digest.update(array.tobytes())
+        kind = np.dtype(dtype or state[name].dtype)
+        digest.update(f"{name} {kind.str} {state[name].shape}\n".encode())
+        digest.update(tensor_file.as_bytes(state[name], kind))
     return digest.hexdigest()
 
 
-def _state(params: Params, dtype: str) -> dict[str, np.ndarray]:
+def _check_dtype(dtype: str) -> None:
     if dtype not in ("float32", "float16"):
         raise ValueError(f"dtype: got {dtype!r}, allowed: float32, float16")
-    return {name: array.astype(dtype) for name, array in param_table.to_torch(params).items()}
 
 
-def _plain_spec(spec: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in spec.items()}
+def _header(state: Mapping[str, np.ndarray], spec: Mapping[str, Any], info: Mapping[str, Any] | None, dtype: str) -> dict[str, Any]:
+    plain = {k: list(v) if isinstance(v, tuple) else v for k, v in spec.items()}
+    return {"network": plain, "hash": content_hash(state, dtype), **(info or {})}
 
 
 def save_file(path: str | pathlib.Path, params: Params, spec: Mapping[str, Any], info: Mapping[str, Any] | None = None, *,
               dtype: str = "float32") -> None:
-    """Writes one .safetensors file, atomically.
+    """Writes one .safetensors file, atomically. It has EDM's buffers too, so that EDM's `load_state_dict` takes it as it is.
 
     Args:
       params: a network's tree, on the host or one device.
@@ -61,21 +57,35 @@ def save_file(path: str | pathlib.Path, params: Params, spec: Mapping[str, Any],
     """
     if pathlib.Path(path).suffix != ".safetensors":
         raise ValueError(f"out: got {str(path)!r}, allowed: a name that ends in .safetensors")
-    state = _state(params, dtype)
-    header = {"network": _plain_spec(spec), "hash": content_hash(state), **(info or {})}
-    data = safetensors.numpy.save(state, metadata={_KEY: json.dumps(header, sort_keys=True)})
-    files.write_atomically(path, lambda file: file.write(data))
+    _check_dtype(dtype)
+    network = networks.build(spec)
+    state = {**param_table.to_torch(params, prefix=network.family.prefix), **convert.buffers(network)}
+    metadata = {_KEY: json.dumps(_header(state, spec, info, dtype), sort_keys=True)}
+    files.write_atomically(path, lambda file: tensor_file.write(file, state, dtype=dtype, metadata=metadata))
 
 
 def save_directory(folder: str | pathlib.Path, params: Params, spec: Mapping[str, Any], info: Mapping[str, Any] | None = None,
                    *, dtype: str = "float32") -> None:
-    """Writes a teacher directory (module docstring)."""
+    """Writes a teacher directory (module docstring); arguments as in `save_file`."""
+    state = param_table.to_torch(params, prefix=networks.family_of(spec).prefix)
+    save_state_directory(folder, state, spec, info, dtype=dtype)
+
+
+def save_state_directory(folder: str | pathlib.Path, state: Mapping[str, np.ndarray], spec: Mapping[str, Any],
+                         info: Mapping[str, Any] | None = None, *, dtype: str = "float32",
+                         progress: Callable[[int], None] | None = None) -> None:
+    """As `save_directory`, from PyTorch's names and layouts; takes the memory of one tensor.
+
+    Args:
+      state: {PyTorch name: array}, such as views of another file.
+      progress: called with how many numbers are written.
+    """
+    _check_dtype(dtype)
     folder = files.make_folder(folder, key="out")
-    state = _state(params, dtype)
-    header = {"network": _plain_spec(spec), "hash": content_hash(state), **(info or {})}
-    data = safetensors.numpy.save(state)
-    files.write_atomically(folder / _WEIGHTS, lambda file: file.write(data))
-    text = json.dumps(header, indent=1, sort_keys=True).encode() + b"\n"
+    size = np.dtype(dtype).itemsize
+    tick = None if progress is None else lambda written: progress(written // size)
+    text = json.dumps(_header(state, spec, info, dtype), indent=1, sort_keys=True).encode() + b"\n"
+    files.write_atomically(folder / _WEIGHTS, lambda file: tensor_file.write(file, state, dtype=dtype, progress=tick))
     files.write_atomically(folder / _NETWORK, lambda file: file.write(text))
 
 
@@ -102,7 +112,7 @@ def read_header(path: str) -> dict[str, Any]:
             raise ValueError(f"{path}: no {_NETWORK} there; a directory of weights holds {_NETWORK} and {_WEIGHTS}")
         header = read_json(where / _NETWORK)
     elif where.is_file():
-        header = json.loads(_metadata(where).get(_KEY, "null"))
+        header = json.loads(tensor_file.read(where)[1].get(_KEY, "null"))
     else:
         raise ValueError(f"{path}: not found; expected a directory with {_NETWORK} and {_WEIGHTS}, or a .safetensors file of ours")
     if not isinstance(header, dict) or not isinstance(header.get("network"), dict):
@@ -110,31 +120,23 @@ def read_header(path: str) -> dict[str, Any]:
     return header
 
 
-def _metadata(file: pathlib.Path) -> dict[str, str]:
-    try:
-        with safetensors.safe_open(file, "numpy") as reader:
-            return reader.metadata() or {}
-    except (safetensors.SafetensorError, OSError, ValueError, struct.error) as error:
-        raise ValueError(f"{file}: not a safetensors file ({error})") from None
-
-
 def load(path: str, *, dropout: float | None = None) -> tuple[networks.Network, Params, dict[str, Any]]:
-    """Weights of ours, onto the host.
+    """Weights of ours, as views of the memory-mapped file.
+
+    Checking the content hash streams through the file; after that, only what is used is in memory: `sharding.place` then reads from
+    the file what its own devices hold, and no process has a whole copy.
 
     Args:
       path: a directory, a file, or "builtin:NAME".
       dropout: replaces the description's.
-    Returns: (network, float32 numpy tree, header).
+    Returns: (network, float32 numpy tree, header); read-only, and on the host where the file holds float16.
     Raises: ValueError for anything missing, damaged (the content hash is checked) or not fitting its own description.
     """
     header = read_header(path)
     where = resolve(str(path))
     file = where / _WEIGHTS if where.is_dir() else where
-    try:
-        state = safetensors.numpy.load_file(file)
-    except (safetensors.SafetensorError, OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{file}: cannot be read ({error})") from None
+    state, _ = tensor_file.read(file)
     if content_hash(state) != header.get("hash"):
         raise ValueError(f"{file}: content does not match the hash in its description; the file is damaged or was exchanged")
     network = networks.build(header["network"], dropout=dropout)
-    return network, edm.params_from_state(state, network, source=str(file)), header
+    return network, convert.params_from_state(state, network, source=str(file)), header

@@ -25,3 +25,33 @@ def shared_dir() -> pathlib.Path:
     if not path.is_dir():
         pytest.skip(f"no shared data at {path} (set SIM_JAX_SHARED)")
     return path
+
+
+@pytest.fixture(scope="session")
+def teacher_workdir(tmp_path_factory) -> pathlib.Path:
+    """A finished run of configs/digits_teacher.py on a tiny network."""
+    import runs
+
+    workdir = tmp_path_factory.mktemp("teacher") / "run"
+    assert runs.train("digits_teacher.py", workdir) == 0
+    return workdir
+
+
+@pytest.fixture(scope="session")
+def teacher_dir(teacher_workdir) -> pathlib.Path:
+    """Its weights, exported as a directory for `teacher.path`."""
+    from sim_jax import export
+
+    folder = teacher_workdir.parent / "weights"
+    assert export.main([f"--workdir={teacher_workdir}", f"--out={folder}"]) == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
+def distilled(tmp_path_factory, teacher_dir) -> pathlib.Path:
+    """The workdir of a finished run of configs/digits.py from that teacher."""
+    import runs
+
+    workdir = tmp_path_factory.mktemp("distilled") / "run"
+    assert runs.train("digits.py", workdir, f"--config.teacher.path={teacher_dir}") == 0
+    return workdir

@@ -12,7 +12,7 @@ import numpy as np
 
 from sim_jax import networks, objectives, optim, sharding, steps
 from sim_jax.data import labels
-from sim_jax.diffusion import noise_levels
+from sim_jax.diffusion import noise_levels, preconditioners
 from sim_jax.state import DistillState, TrainState
 from sim_jax.types import Cond
 
@@ -45,7 +45,7 @@ class PixelNet:
     """A denoiser with one hidden layer over all pixels and a Network's interface: compiles in a moment, works in any float type."""
 
     size: int = 4
-    hidden: int = 24
+    hidden: int = 64
     label_dim: int = 3
     dropout: float = 0.0
     augment_dim: int = 0
@@ -58,11 +58,18 @@ class PixelNet:
     def image_shape(self) -> tuple[int, int, int]:
         return (self.size, self.size, 1)
 
+    @property
+    def precond(self) -> preconditioners.Preconditioner:
+        return preconditioners.edm()
+
     def shapes(self):
         n = self.size**2
         shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)  # noqa: E731
         return {"enc": {"weight": shape(n, self.hidden), "bias": shape(self.hidden)}, "map_label": {"weight": shape(3, self.hidden)},
                 "dec": {"weight": shape(self.hidden, n), "bias": shape(n)}}
+
+    def project(self, params):
+        return params
 
     def bind(self, params, *, dropout_keys=None):
         def denoise(x, sigma, cond: Cond):
@@ -129,10 +136,10 @@ def run(step, state, teacher, *, count: int, batches=None, key=None):
     return sharding.to_host(state), {name: float(value) for name, value in metrics.items()}
 
 
-def sample_key(key, step: int, purpose: str, index: int):
-    """The documented derivation of a sample's key, written out."""
-    for number in (step, zlib.crc32(purpose.encode()), index):
-        key = jax.random.fold_in(key, number)
+def sample_key(key, *folds: int | str):
+    """The documented derivation of a sample's key, written out: fold in numbers, and names by their CRC-32."""
+    for fold in folds:
+        key = jax.random.fold_in(key, zlib.crc32(fold.encode()) if isinstance(fold, str) else fold)
     return key
 
 

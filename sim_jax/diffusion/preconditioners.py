@@ -2,7 +2,7 @@
 
     D(x; sigma) = c_skip(sigma) x + c_out(sigma) F( c_in(sigma) x ; c_noise(sigma) )          (equation 7)
 
-Names, arguments and defaults are those of EDM's public code. All take x in variance-exploding form, x = x_0 + sigma n.
+Names, arguments and defaults are those of EDM's public code, and "Precond" EDM2's. All take x in variance-exploding form, x = x_0 + sigma n.
 """
 
 from __future__ import annotations
@@ -55,6 +55,11 @@ def edm(*, sigma_min: float = 0.0, sigma_max: float = float("inf"), sigma_data: 
         return Coefficients(sigma_data**2 / total, sigma * sigma_data / jnp.sqrt(total), 1 / jnp.sqrt(total), jnp.log(sigma) / 4)
 
     return Preconditioner(coefficients=coefficients, sigma_min=sigma_min, sigma_max=sigma_max)
+
+
+def edm2(*, sigma_data: float = 0.5) -> Preconditioner:
+    """EDM2 (arXiv 2312.02696): EDM's formulas, without limits on the noise level."""
+    return edm(sigma_data=sigma_data)
 
 
 def vp(*, beta_d: float = 19.9, beta_min: float = 0.1, M: int = 1000, epsilon_t: float = 1e-5) -> Preconditioner:
@@ -110,6 +115,7 @@ _TABLE: dict[str, Callable[..., Preconditioner]] = {
     "VPPrecond": vp,
     "VEPrecond": ve,
     "iDDPMPrecond": iddpm,
+    "Precond": edm2,
 }
 
 
@@ -122,6 +128,12 @@ def arguments(name: str) -> tuple[str, ...]:
     if name not in _TABLE:
         raise ValueError(f"precond: got {name!r}, allowed: {', '.join(_TABLE)}")
     return tuple(inspect.signature(_TABLE[name]).parameters)
+
+
+def defaults(name: str) -> dict[str, float]:
+    """What preconditioner `name` takes for arguments that are not given."""
+    arguments(name)
+    return {p.name: p.default for p in inspect.signature(_TABLE[name]).parameters.values()}
 
 
 def make(name: str, **kwargs: float) -> Preconditioner:

@@ -161,6 +161,9 @@ class GroupNorm(nn.Module):
     def __call__(self, x: Array) -> Array:
         c = x.shape[-1]
         groups = min(self.num_groups, c // self.min_channels_per_group)
+        if not groups or c % groups:
+            raise ValueError(f"network.model_channels: gives a layer of {c} channels, allowed: multiples of {self.num_groups}, or of "
+                             f"{self.min_channels_per_group} below {self.num_groups * self.min_channels_per_group}")
         weight = self.param("weight", nn.initializers.ones, (c,))
         bias = self.param("bias", nn.initializers.zeros, (c,))
         x = x.astype(jnp.float32)

@@ -1,0 +1,84 @@
+"""What a config's values may be: every key with a range or a short list of words, checked before anything is built.
+
+Names and knobs that belong to a table (methods, distances, noise levels, data sources) are checked where the table is.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from sim_jax import optim
+from sim_jax.data import digits
+from sim_jax.diffusion import samplers
+
+_CHOICES = {"precision": ("highest", "high", "default"), "run.features": ("digits", "none"), "teacher.sampler": samplers.SAMPLERS}
+# (keys, in words, what must hold); "*." stands for both trained networks. A key that a config lacks, or None, is not checked.
+_RANGES: tuple[tuple[tuple[str, ...], str, Callable[[float], bool]], ...] = (
+    (("total_kimg", "batch_size", "generator.sigma_init", "fake_score.updates", "teacher.num_steps", "run.log_every", "run.probe_every",
+      "run.sample_every", "run.save_every", "run.keep", "run.grid", "run.probe_images", "run.batch_per_device", "network.sigma_data",
+      "network.img_resolution", "network.img_channels", "network.model_channels", "network.num_blocks", "network.channel_mult_emb", "data.max_size",
+      "data.pad_to"),
+     "above 0", lambda value: value > 0),
+    (("max_batch_per_device", "ema.rampup", "run.eval_every", "run.eval_images", "run.data_threads", "network.label_dim",
+      "network.augment_dim", "*.optimizer.final_fraction"), "0 or above", lambda value: value >= 0),
+    (("seed",), f"0 to {2**32 - 1}", lambda value: 0 <= value < 2**32),
+    (("fake_score.augment_p",), "0 to 1", lambda value: 0 <= value <= 1),
+    (("network.dropout", "network.label_dropout", "*.dropout"), "0 or above, below 1", lambda value: 0 <= value < 1),
+)
+
+
+def check(config: Mapping[str, Any]) -> None:
+    """Checks the values of a config, given as nested dicts.
+
+    Raises: ValueError naming the first key that is wrong, what came and what is allowed.
+    """
+    values = dict(_leaves(config))
+    for key, value in values.items():
+        if isinstance(value, numbers.Real) and not math.isfinite(value):
+            raise ValueError(f"{key}: got {value}, allowed: finite numbers")
+    for key, allowed in _CHOICES.items():
+        if values[key] not in allowed:
+            raise ValueError(f"{key}: got {values[key]!r}, allowed: {', '.join(allowed)}")
+    for patterns, words, holds in _RANGES:
+        for pattern in patterns:
+            for key in (pattern.replace("*", role) for role in (("generator", "fake_score") if "*" in pattern else ("",))):
+                if values.get(key) is not None and not holds(values[key]):
+                    raise ValueError(f"{key}: got {values[key]}, allowed: {words}")
+    _check_lists(values)
+    if 0 < values["run.eval_images"] < 100:
+        raise ValueError(f"run.eval_images: got {values['run.eval_images']}, allowed: 0 (no evaluation) or at least 100")
+
+
+def check_features(name: str, *, resolution: int, channels: int, label_dim: int) -> None:
+    """Whether what the final figures are measured in can see images of this size and these classes."""
+    if name == "none":
+        return
+    real = digits.load()
+    if (resolution, channels) != (real.resolution, real.channels) or label_dim > real.num_classes:
+        raise ValueError(f"run.features: got {name!r} for images of {resolution}x{resolution}x{channels} in {label_dim} classes, allowed "
+                         f"for {real.resolution}x{real.resolution}x{real.channels} in at most {real.num_classes}, or 'none'")
+
+
+def _leaves(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in section.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _check_lists(values: Mapping[str, Any]) -> None:
+    halflives = values["ema.halflife_kimg"]
+    if not halflives or not all(_real(h) and 0 < h < math.inf for h in halflives) or len(set(optim.ema_names(halflives))) < len(halflives):
+        raise ValueError(f"ema.halflife_kimg: got {halflives}, allowed: one or more different numbers above 0")
+    for key, least, empty in (("network.channel_mult", 1, False), ("network.attn_resolutions", 1, True)):
+        got = values.get(key) or ()
+        if key in values and not (all(isinstance(n, int) and n >= least for n in got) and (got or empty)):
+            raise ValueError(f"{key}: got {got}, allowed: whole numbers from {least}")
+
+
+def _real(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
