@@ -1,50 +1,66 @@
-"""CIFAR-10, 32x32, from EDM's teachers: SIM into a one-step generator, without images.
+"""CIFAR-10, 32x32, from EDM's teachers: SIM, SiD or Diff-Instruct into a one-step generator, without images.
 
-Paper:     SIM, arXiv 2410.16794, section 5.1.
+Paper:     SIM, arXiv 2410.16794, section 5.1; SiD, arXiv 2404.04057; Diff-Instruct, arXiv 2305.18455.
 Command:   python -m sim_jax.main --config=configs/cifar10.py:cond,vp --workdir=runs/cifar10 --config.teacher.path=teachers/cifar10-cond-vp
 Hardware:  4 x A100-40G [recalled]; hours and images were not published. SiD, whose cost per image is the same, reports 404 (uncond)
-           and 713 (cond) million images for its best checkpoints, "very competitive" ones from 100 million.
+           and 713 (cond) million images for its best checkpoints, "very competitive" ones from 100 million [repo], on 4 GPUs.
+           Diff-Instruct: one V100 [repo], hours and images not published.
 Published: FID 2.06 unconditional, 1.96 conditional, one call [paper's abstract]; teacher 1.97 and 1.79 in 35 calls [EDM].
-           Ours: not measured.
+           SiD 1.923 and 1.710 [paper]; Diff-Instruct 4.53 [paper] and 4.19 [recalled]. Ours: not measured.
 Values:    sigma_init 2.5 [read in the authors' text-to-image code, recalled for CIFAR-10]; lr 1e-5, Adam(0, 0.999), batch 256, one fake
            update per generator update, fake first, log-normal(-1.2, 1.2) for the fake score and Karras levels with u in [0, 0.8] for
            the generator [recalled; SiD's code has the same]; EMA half-life 500 kimg, ramp-up 0.05 [SiD's]; fake-score augmentation
            0.12 and dropout 0.13 [SiD's]; c = 0.03 = 0.00054 sqrt(3072) in x0-space [iCT's rule, ours for SIM]; weighting none and the
            length, 100 million images [ours].
-Words:     sim (default) or teacher (that is cifar10_teacher.py, which see); uncond (default) or cond; vp (default: DDPM++) or ve
-           (NCSN++); full (default) or tiny (a small network, for sim a random teacher; seconds).
+           sid differs in the loss (alpha 1.2, SiD's normaliser), in the length, 500 (uncond) and 800 (cond) million images, and in the
+           generator's Adam eps, 1e-10: its code has 1e-8 for a loss times 100 [repo, all of them].
+           diff_instruct differs in the loss (weighting none), sigma_init 1.0, batch 128, log-normal(-1.2, 1.2) for the generator too
+           [repo], and the length, 200 million images [its code's default; its command gives none]. That code keeps dropout in both
+           score networks in the generator's step, SiD's and this one do not.
+Words:     sim (default), sid, diff_instruct, or teacher (that is cifar10_teacher.py, which see); uncond (default) or cond; vp (default:
+           DDPM++) or ve (NCSN++); full (default) or tiny (a small network, but for teacher a random teacher; seconds).
 """
 
 from configs import common
 
-WORDS = {"job": ("sim", "teacher"), "labels": ("uncond", "cond"), "arch": ("vp", "ve"), "size": ("full", "tiny")}
+WORDS = {"job": ("sim", "sid", "diff_instruct", "teacher"), "labels": ("uncond", "cond"), "arch": ("vp", "ve"), "size": ("full", "tiny")}
 
 
 def get_config(arg=None):
     words = common.parse_arg(arg, **WORDS)
-    config = common.get_config("sim" if words["job"] == "sim" else "dsm")
+    config = common.get_config("dsm" if words["job"] == "teacher" else words["job"])
     config.network.update(img_resolution=32, img_channels=3, label_dim=10 if words["labels"] == "cond" else 0, augment_dim=9,
                           model_channels=128, channel_mult=(2, 2, 2), num_blocks=4, attn_resolutions=(16,), dropout=0.13)
     if words["arch"] == "ve":
-        config.network.update(embedding_type="fourier", channel_mult_noise=2, encoder_type="residual", resample_filter=(1, 3, 3, 1))
+        config.network = common.replace(config.network, dict(
+            config.network.to_dict(), embedding_type="fourier", channel_mult_noise=2, encoder_type="residual", resample_filter=(1, 3, 3, 1)))
     config.fake_score.augment_p = 0.12
-    (_distil if words["job"] == "sim" else _train_teacher)(config)
+    (_train_teacher if words["job"] == "teacher" else _distil)(config)
     if words["size"] == "tiny":
         common.shrink_run(config)
         config.network.update(model_channels=16, channel_mult=(1, 2), num_blocks=1)
-        if words["job"] == "sim":
-            config.teacher.path = "random:0"        # weights that nobody trained: shows the machinery, not quality
-        else:
+        if words["job"] == "teacher":
             config.fake_score.optimizer.warmup_steps = 5
             config.data.max_size = 2000
+        else:
+            config.teacher.path = "random:0"        # weights that nobody trained: shows the machinery, not quality
     return config
 
 
 def _distil(config):
     config.total_kimg = 100_000.0
     config.batch_size = 256
-    config.objective.c = 0.03
     config.run.update(log_every=50, probe_every=1000, sample_every=1000, save_every=2000)
+    if config.method == "sim":
+        config.objective.c = 0.03
+    elif config.method == "sid":
+        config.total_kimg = 800_000.0 if config.network.label_dim else 500_000.0
+        config.generator.optimizer.eps = 1e-10
+    else:
+        config.total_kimg = 200_000.0
+        config.batch_size = 128
+        config.generator.sigma_init = 1.0
+        config.generator.noise.update(name="log_normal", u_max=None, P_mean=-1.2, P_std=1.2)
 
 
 def _train_teacher(config):

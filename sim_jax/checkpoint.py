@@ -31,12 +31,13 @@ class Checkpoints:
 
     def save(self, step: int, state: Any, meta: Mapping[str, Any]) -> None:
         """Starts saving; `state` may be donated right after. `meta` is JSON: seconds spent, and the like."""
-        if self._manager.latest_step() == step:
+        latest = self._manager.latest_step()
+        if latest == step:
             return
-        saved = self._manager.save(step, args=ocp.args.Composite(
-            state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(dict(meta))), force=True)
-        if not saved:  # orbax says so by a return value alone
-            raise RuntimeError(f"checkpoint {step} was not saved: a newer one exists in {self._manager.directory}")
+        # Behind a newer step, orbax either saves nothing and says so by a return value alone, or counts the wrong step as newest.
+        if latest is not None and step < latest or not self._manager.save(step, args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(dict(meta))), force=True):
+            raise RuntimeError(f"checkpoint {step} was not saved: step {latest} is the newest in {self._manager.directory}")
 
     def restore(self, step: int, shapes: Any, shardings: Any) -> tuple[Any, dict[str, Any]]:
         """Reads `step` straight onto its devices.
@@ -105,6 +106,8 @@ def read_tree(folder: str | pathlib.Path, path: tuple[str, ...], shapes: Any) ->
         raise ValueError(f"checkpoint {folder / str(step)}: cannot read {'/'.join(path)} ({type(error).__name__}: {reason})") from error
     for name in path:
         tree = tree[name]
+    if not all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(tree)):  # orbax leaves what is absent as it was asked for
+        raise ValueError(f"checkpoint {folder / str(step)}: cannot read {'/'.join(path)} (it holds no such arrays)")
     return step, tree
 
 

@@ -40,6 +40,23 @@ def use_compilation_cache() -> None:
     jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
+def split_cpu(devices: int = 2) -> None:
+    """Makes a CPU of several cores count as two devices, each with half of every batch: XLA runs many operations on one thread, and
+    two programs side by side keep two cores busier than one program does (README, measured). GPUs and TPUs are unaffected.
+
+    JAX_NUM_CPU_DEVICES, or XLA_FLAGS with a device count, says otherwise.
+    """
+    import jax
+
+    told = "JAX_NUM_CPU_DEVICES" in os.environ or "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if told or (os.cpu_count() or 1) < devices:
+        return
+    try:
+        jax.config.update("jax_num_cpu_devices", devices)
+    except RuntimeError:  # JAX is running already, as in a notebook
+        return
+
+
 def command_line(module: str, argv: Sequence[str]) -> str:
     """The command as one would type it again."""
     return shlex.join(["python", "-m", module, *argv[1:]])

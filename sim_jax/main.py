@@ -125,6 +125,7 @@ def main(argv: list[str] | None = None) -> int:
     def work() -> int:
         config, values, overrides = _parse(argv)
         cli.use_compilation_cache()
+        cli.split_cpu()
         _start_processes(values.distributed)
         from sim_jax import train
 

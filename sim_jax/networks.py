@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import numbers
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -54,6 +55,8 @@ _CHOICES = {
     "decoder_type": ("standard", "skip"),
 }
 _FRACTIONS = ("label_balance", "concat_balance", "res_balance", "attn_balance")
+_SMALLEST = {"img_resolution": 1, "img_channels": 1, "label_dim": 0, "augment_dim": 0, "model_channels": 4, "channel_mult_emb": 1,
+             "channel_mult_noise": 1, "num_blocks": 1}
 _BUFFERS = ("freqs", "phases")  # leaves of the tree that are not trained
 # What does not change the function that a network computes at evaluation, so two descriptions may differ in it.
 _TRAINING_ONLY = ("dropout", "label_dropout", "use_fp16")
@@ -181,11 +184,35 @@ def full_spec(spec: Mapping[str, Any]) -> dict[str, Any]:
     for key in _FRACTIONS:
         if key in fields and not 0 <= out[key] <= 1:
             raise ValueError(f"network.{key}: got {out[key]!r}, allowed: from 0 to 1")
+    _check_values(out)
     deepest = 1 << (len(out["channel_mult"]) - 1)
-    if out["img_resolution"] % deepest or out["img_resolution"] < deepest:
+    if out["img_resolution"] % deepest:
         raise ValueError(f"network.img_resolution: got {out['img_resolution']}, it must be a multiple of {deepest}, "
                          f"since channel_mult has {len(out['channel_mult'])} resolutions")
     return out
+
+
+def _check_values(spec: Mapping[str, Any]) -> None:
+    """Refuses what no network can be built from, and what would otherwise fail deep inside a layer."""
+
+    def refuse(key: str, words: str) -> None:
+        raise ValueError(f"network.{key}: got {spec[key]!r}, allowed: {words}")
+
+    def whole(value: Any, low: int) -> bool:
+        return isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= low
+
+    for key, low in _SMALLEST.items():
+        if spec.get(key) is not None and not whole(spec[key], low):
+            refuse(key, f"a whole number from {low}")
+    for key in ("dropout", "label_dropout"):
+        if key in spec and not (isinstance(spec[key], numbers.Real) and 0 <= spec[key] < 1):
+            refuse(key, "from 0 to 1 (exclusive)")
+    for key, empty in (("channel_mult", False), ("attn_resolutions", True)):
+        if not isinstance(spec[key], tuple) or not all(whole(n, 1) for n in spec[key]) or not (spec[key] or empty):
+            refuse(key, "a list of whole numbers from 1")
+    taps = spec["resample_filter"] if "resample_filter" in spec else (1, 1)
+    if not isinstance(taps, tuple) or not taps or len(taps) % 2 or not sum(taps) > 0:
+        refuse("resample_filter", "an even number of taps with a sum above 0, such as (1, 3, 3, 1)")
 
 
 def differences(spec: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
@@ -207,9 +234,7 @@ def build(spec: Mapping[str, Any], *, dtype: str = "float32", remat: bool = Fals
     """
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(f"dtype: got {dtype!r}, allowed: float32, bfloat16")
-    spec = full_spec(spec)
-    if dropout is not None:
-        spec["dropout"] = dropout
+    spec = full_spec(spec if dropout is None else {**spec, "dropout": dropout})
     precond = preconditioners.make(
         spec["precond"], **{k: spec[k] for k in preconditioners.arguments(spec["precond"]) if k in spec})
     family = family_of(spec)

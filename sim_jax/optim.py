@@ -52,9 +52,11 @@ def make_optimizer(*, name: str = "adam", lr: float = 1e-4, b1: float = 0.0, b2:
     if name not in OPTIMIZERS:
         raise ValueError(f"optimizer.name: got {name!r}, allowed: {', '.join(OPTIMIZERS)}")
     for key, value, low, high in (("lr", lr, 0, 1e3), ("b1", b1, 0, 1), ("b2", b2, 0, 1), ("clip_norm", clip_norm, 0, 1e30),
-                                  ("weight_decay", weight_decay, 0, 1e3), ("eps", eps, 0, 1), ("warmup_steps", warmup_steps, 0, 1e12)):
-        if not low <= value <= high or (value == high and key in ("b1", "b2")):
-            raise ValueError(f"optimizer.{key}: got {value}, allowed: from {low:g} to {high:g}{' (exclusive)' if high == 1 else ''}")
+                                  ("weight_decay", weight_decay, 0, 1e3), ("eps", eps, 0, 1), ("warmup_steps", warmup_steps, 0, 1e12),
+                                  ("final_fraction", final_fraction, 0, 1e3)):
+        exclusive = key in ("b1", "b2")
+        if not low <= value <= high or (value == high and exclusive):
+            raise ValueError(f"optimizer.{key}: got {value}, allowed: from {low:g} to {high:g}{' (exclusive)' if exclusive else ''}")
     if weight_decay and name != "adamw":
         raise ValueError(f"optimizer.weight_decay: got {weight_decay} with {name!r}, allowed: 0, or name 'adamw'")
     adapt = {

@@ -34,8 +34,11 @@ def make_mesh(axes: str = "data:-1", *, devices: Sequence[Any] | None = None) ->
     """
     devices = jax.devices() if devices is None else list(devices)
     try:
-        names, sizes = zip(*((part.split(":")[0].strip(), int(part.split(":")[1])) for part in axes.split(",")), strict=True)
-    except (IndexError, ValueError):
+        names, sizes = zip(*(part.split(":") for part in axes.split(",")), strict=True)
+        names, sizes = tuple(name.strip() for name in names), tuple(int(size) for size in sizes)
+        if not all(name.isidentifier() for name in names):
+            raise ValueError
+    except ValueError:
         raise ValueError(f"sharding.mesh: got {axes!r}, allowed: name:size pairs such as 'data:-1' or 'data:2,fsdp:4'") from None
     known = math.prod(s for s in sizes if s > 0)
     if any(s == 0 or s < -1 for s in sizes) or sizes.count(-1) > 1 or len(set(names)) < len(names) or len(devices) % known:
@@ -57,16 +60,15 @@ def _fsdp_spec(shape: tuple[int, ...], size: int, axis: str) -> P:
 
 def check_rules(rules: Sequence[tuple[str, str]], mesh: Mesh) -> None:
     """Raises ValueError for a rule that is no (regex, strategy), or names a mesh axis that does not exist."""
+    allowed = ("replicate", "fsdp", *(f"fsdp:{name}" for name in mesh.axis_names))
     for rule in rules:
         try:
             pattern, strategy = rule
             re.compile(pattern)
-            kind, _, axis = strategy.partition(":")
-        except (ValueError, TypeError, AttributeError, re.error):
+        except (ValueError, TypeError, re.error):
             raise ValueError(f"sharding.rules: got {rule!r}, allowed: (regex, strategy)") from None
-        if kind not in ("replicate", "fsdp") or (axis and axis not in mesh.axis_names):
-            raise ValueError(f"sharding.rules: got strategy {strategy!r}, allowed: replicate, fsdp, "
-                             + ", ".join(f"fsdp:{name}" for name in mesh.axis_names))
+        if strategy not in allowed:
+            raise ValueError(f"sharding.rules: got strategy {strategy!r}, allowed: {', '.join(allowed)}")
 
 
 def tree_shardings(tree: Any, mesh: Mesh, rules: Sequence[tuple[str, str]]) -> Any:

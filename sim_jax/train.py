@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import os
 import pathlib
 import platform
 import signal
@@ -120,7 +121,8 @@ def _loop(experiment: Experiment, state, teacher_params, first: int, clock: Cloc
             figures = dict(metrics) | {"images_per_second": clock.images_per_second(), "seconds": clock.seconds}
             if probe_fn is not None and (done % every.probe_every == 0 or done == total):
                 with clock.pause():
-                    figures |= probe_fn(state, teacher_params, probe_key)
+                    probed = probe_fn(state, teacher_params, probe_key)
+                    figures |= jax.block_until_ready(probed) if block else probed
             if every.eval_every and done % every.eval_every == 0 and done < total:
                 with clock.pause():
                     figures |= show.measure(state)
@@ -226,13 +228,13 @@ def versions() -> dict[str, str]:
 
 
 def device_name() -> str:
-    """E.g. "8 x NVIDIA H100 80GB HBM3", or the CPU's model."""
-    device = jax.devices()[0]
-    kind = device.device_kind
-    if device.platform == "cpu":
-        names = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
-        kind = f"{names[0] if names else platform.processor() or 'CPU'} ({len(names) or '?'} cores)"
-    return f"{jax.device_count()} x {kind}" if jax.device_count() > 1 else kind
+    """E.g. "8 x NVIDIA H100 80GB HBM3", or the CPU's model and cores."""
+    count, device = jax.device_count(), jax.devices()[0]
+    if device.platform != "cpu":
+        return f"{count} x {device.device_kind}" if count > 1 else device.device_kind
+    names = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    name = names[0] if names else platform.processor() or "CPU"
+    return f"{name} ({os.cpu_count()} cores{f' as {count} devices' if count > 1 else ''})"
 
 
 def _lines(path: str) -> list[str]:

@@ -112,7 +112,10 @@ def read_header(path: str) -> dict[str, Any]:
             raise ValueError(f"{path}: no {_NETWORK} there; a directory of weights holds {_NETWORK} and {_WEIGHTS}")
         header = read_json(where / _NETWORK)
     elif where.is_file():
-        header = json.loads(tensor_file.read(where)[1].get(_KEY, "null"))
+        try:
+            header = json.loads(tensor_file.read(where)[1].get(_KEY, "null"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}: its description is not JSON ({error})") from None
     else:
         raise ValueError(f"{path}: not found; expected a directory with {_NETWORK} and {_WEIGHTS}, or a .safetensors file of ours")
     if not isinstance(header, dict) or not isinstance(header.get("network"), dict):

@@ -10,9 +10,10 @@ import safetensors
 import safetensors.numpy
 
 import checkpoint_writer as writer
-from sim_jax import convert, load, networks, param_table, sample, sharding, weights
+from sim_jax import load, networks, param_table, sample, sharding, weights
 from sim_jax.convert import __main__ as command
 from sim_jax.convert import conversion, edm, infer, kinds
+from sim_jax.types import Cond
 
 BASE = {"img_resolution": 8, "img_channels": 3, "num_blocks": 1, "model_channels": 8, "channel_mult_emb": 2, "dropout": 0.1}
 SONG = {**BASE, "model_type": "SongUNet", "precond": "EDMPrecond", "attn_resolutions": (4,), "channel_mult": (1, 2)}
@@ -178,7 +179,7 @@ def test_generators_sample_in_one_call(kind, tmp_path, capsys):
     z, classes = loaded.sampler.latents.noise(key, jnp.asarray(index, jnp.uint32)), loaded.sampler.latents.classes_of(0, index)
     params = edm.params_from_state({k: v for k, v in state.items() if "logvar" not in k}, network)
     labels = jax.nn.one_hot(classes, network.label_dim)
-    x0 = network.denoise(params, sigma * z, jnp.full(2, sigma), networks.Cond(labels))
+    x0 = jax.jit(network.denoise)(params, sigma * z, jnp.full(2, sigma), Cond(labels))
     expected = np.clip(np.asarray(x0) * 127.5 + 128, 0, 255).astype(np.uint8)
     assert np.abs(expected.astype(int) - images.astype(int)).max() <= 1
 
@@ -285,7 +286,7 @@ def test_goldens_through_the_converter(shared_dir, tmp_path):
     assert command.main(["--kind=edm", f"--src={source}", f"--out={out}"]) == 0
     network, params, _ = weights.load(str(out))
     x, labels = data["x"].astype(np.float32).transpose(0, 2, 3, 1), data["class_labels"]
-    denoised = jax.jit(network.denoise)(params, x, data["sigma"], networks.Cond(labels))
+    denoised = jax.jit(network.denoise)(params, x, data["sigma"], Cond(labels))
     expected = data["denoised"].transpose(0, 2, 3, 1)
     assert np.linalg.norm(denoised - expected) < 2e-5 * np.linalg.norm(expected)
 
@@ -331,11 +332,3 @@ def test_written_files_are_plain_safetensors(tmp_path):
         for name, array in edm.without_buffers(state, network, source="test").items():
             np.testing.assert_array_equal(read[name], array.astype(kind))
         assert weights.content_hash(read) == weights.read_header(tmp_path / kind)["hash"]
-
-
-def test_convert_offers_what_the_interface_promises():
-    network, state = network_and_state("ddpmpp")
-    denoise, params = convert.edm.load_state(state, network.spec)
-    x = jnp.ones((2, 8, 8, 3))
-    out = denoise(params, x, jnp.ones(2), class_labels=jnp.eye(4)[:2], augment_labels=jnp.ones((2, 9)))
-    assert out.shape == (2, 8, 8, 3) and np.isfinite(out).all()

@@ -1,5 +1,6 @@
 """Layers against direct definitions: resampling, normalisation, attention, initialisation."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -118,7 +119,8 @@ def test_initialisation(mode, variance):
 
 def test_convolution_fan_in_counts_the_kernel():
     layer = layers.Conv2d(64, 3, init=layers.Init("kaiming_normal", weight=1.0, bias=2.0))
-    params = layer.init(jax.random.key(0), np.zeros((1, 4, 4, 32), np.float32))["params"]
+    apply = lambda layer, x: layer(x)  # noqa: E731, the field `init` hides the method
+    params = nn.init(apply, layer)(jax.random.key(0), np.zeros((1, 4, 4, 32), np.float32))["params"]
     assert params["weight"].std() == pytest.approx(np.sqrt(1 / (9 * 32)), rel=0.03)
     assert params["bias"].std() == pytest.approx(2 * np.sqrt(1 / (9 * 32)), rel=0.4)
 

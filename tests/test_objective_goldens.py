@@ -11,7 +11,7 @@ import pytest
 
 from sim_jax import param_table
 from sim_jax.convert import edm
-from sim_jax.objectives import dsm, sim
+from sim_jax.objectives import diff_instruct, dsm, sid, sim
 from sim_jax.objectives.base import Nets
 from sim_jax.types import Cond, NoiseLevel
 
@@ -58,15 +58,15 @@ def sigma_of_normal(data):
     return np.exp(1.2 * data["normal"].astype(np.float64).ravel() - 1.2)
 
 
-def check_generator(data, loss_fn, sigma, name, **knobs):
-    """Per-sample losses, and d(sum loss)/dx0 of each sample relative to its norm."""
+def check_generator(data, pair_loss, sigma, name, scale=1.0, **knobs):
+    """Per-sample losses times `scale`, and d(scale * sum loss)/dx0 of each sample relative to its norm."""
     (real, real_params), (fake, fake_params) = load(data, "teacher/"), load(data, "fake/")
     x0, noise, level = inputs(data, sigma)
     cond = Cond(augment_labels=jnp.zeros((len(x0), 9)))
 
     def total(x0, real_params, fake_params):
         nets = Nets(teacher=partial(real, real_params), fake=partial(fake, fake_params))
-        loss = loss_fn(nets, x0, noise, level, cond, **knobs)
+        loss = scale * pair_loss(nets, x0, noise, level, cond, **knobs)[0]
         return jnp.sum(loss), loss
 
     (_, loss), gradient = jax.jit(jax.value_and_grad(total, has_aux=True))(x0, real_params, fake_params)
@@ -103,10 +103,17 @@ def check_critic(data, sigma, name, scale=1.0, **knobs):
 
 def test_sim_with_squared_l2_is_sid(data):
     """SiD at alpha = 1 is half of SIM with d = ||y||^2 (d' = 2y) and SiD's normaliser."""
-    def half(*args, **knobs):
-        return sim.pair_loss(*args, **knobs)[0] / 2
+    knobs = dict(distance="squared_l2", weighting="sid")
+    check_generator(data, sim.pair_loss, sigma_of_u(data), "sid_alpha1.0", scale=0.5, **knobs)
 
-    check_generator(data, half, sigma_of_u(data), "sid_alpha1.0", distance="squared_l2", weighting="sid")
+
+@pytest.mark.parametrize("alpha", [1.0, 1.2])
+def test_sid(data, alpha):
+    check_generator(data, sid.pair_loss, sigma_of_u(data), f"sid_alpha{alpha}", alpha=alpha)
+
+
+def test_diff_instruct(data):
+    check_generator(data, diff_instruct.pair_loss, sigma_of_normal(data), "diff_instruct")
 
 
 def test_sid_fake_score(data):

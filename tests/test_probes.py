@@ -65,8 +65,8 @@ def probe(generator, fake, teacher, *, devices=0, key=0):
 def test_equal_scores_have_no_divergence():
     """Fake score = teacher: zero at every level, whatever the generator does; the lag stays finite."""
     out = probe((0.7, 0.2), UNIT, UNIT)
-    assert [out[f"divergence/sigma{s:.3g}"] for s in SIGMAS] == [0, 0, 0]
-    assert out["fake_score/lag"] == 0
+    assert max(out[f"divergence/sigma{s:.3g}"] for s in SIGMAS) < 1e-12
+    assert np.isfinite(out["fake_score/lag"])
 
 
 def test_divergence_of_gaussians():

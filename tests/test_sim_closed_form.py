@@ -86,8 +86,8 @@ def grid(span, step):
     return np.linspace(-span, span, count), step
 
 
-def true_divergence(theta, source, teacher, radial, space="score", sigma_power=0.0, levels=LEVELS):
-    """sum over levels of w E_{x ~ sg p_theta,t} d(s_theta(x) - s_q(x)) as a function of theta."""
+def true_divergence(theta, source, teacher, radial, space="score", sigma_power=0.0, levels=LEVELS, hold=stop):
+    """sum over levels of w E_{x ~ hold[p_theta,t]} d(s_theta(x) - s_q(x)) as a function of theta."""
     nodes, step = grid(24.0, 0.06)
     current = pushforward(source, theta)
 
@@ -96,14 +96,14 @@ def true_divergence(theta, source, teacher, radial, space="score", sigma_power=0
         log_q = functools.partial(log_density, teacher, alpha, sigma)
         y = jax.vmap(jax.grad(log_p))(jnp.asarray(nodes)) - jax.vmap(jax.grad(log_q))(jnp.asarray(nodes))
         y = y * (sigma**2 / alpha if space == "x0" else 1.0)
-        measure = step * stop(jnp.exp(jax.vmap(log_p)(jnp.asarray(nodes))))
+        measure = step * hold(jnp.exp(jax.vmap(log_p)(jnp.asarray(nodes))))
         return (sigma / alpha) ** sigma_power * jnp.sum(measure * radial(y**2))
 
     return jnp.sum(jax.vmap(at_level)(*jnp.asarray(levels).T))
 
 
-def sim_expectation(theta, source, teacher, cut=(), levels=LEVELS, **knobs):
-    """sum over levels of E_{z, noise} of the SIM loss as a function of theta, all nodes as one batch.
+def expectation(theta, source, teacher, cut=(), levels=LEVELS, pair_loss=sim.pair_loss, **knobs):
+    """sum over levels of E_{z, noise} of a generator's loss as a function of theta, all nodes as one batch.
 
     The fake score is exact and constant; `cut` names the networks whose input gradient is stopped.
     """
@@ -118,7 +118,7 @@ def sim_expectation(theta, source, teacher, cut=(), levels=LEVELS, **knobs):
     nets = Nets(teacher=denoiser(teacher), fake=denoiser(pushforward(source, stop(theta))))
     nets = stop_inputs(nets, cut)
     noise_all = jnp.asarray(noise_all)[:, None, None, None]
-    loss, _ = sim.pair_loss(nets, x0, noise_all, NoiseLevel(sigma, alpha, sigma), None, **knobs)
+    loss, _ = pair_loss(nets, x0, noise_all, NoiseLevel(sigma, alpha, sigma), None, **knobs)
     return jnp.sum(loss * jnp.tile(jnp.outer(density, gauss).ravel(), len(levels)))
 
 
@@ -138,7 +138,7 @@ def compiled(distance, space, cut=(), extra=(), levels=LEVELS):
 
     def both(theta, source, teacher):
         all_knobs = dict(space=space, **knobs, **dict(extra))
-        ours = jax.grad(sim_expectation)(theta, source, teacher, cut, levels, **all_knobs)
+        ours = jax.grad(expectation)(theta, source, teacher, cut, levels, **all_knobs)
         return ours, jax.grad(true_divergence)(theta, source, teacher, radial, space, power, levels)
 
     return jax.jit(both)

@@ -32,4 +32,8 @@ def read(kind: str, path: str, options: Options = Options()) -> Converted:
     """
     if kind not in TABLE:
         raise ValueError(f"kind: got {kind!r}, allowed: {', '.join(TABLE)}")
-    return importlib.import_module(TABLE[kind].module).read(path, options)
+    try:
+        return importlib.import_module(TABLE[kind].module).read(path, options)
+    except ValueError as error:
+        text = str(error)
+        raise ValueError(text if text.startswith(path) else f"{path}: {text}") from None

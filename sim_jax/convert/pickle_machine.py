@@ -110,13 +110,11 @@ class Machine:
                     raise Refused(f"pickle operation {show(chr(code))} at byte {self.position - 1} is not among those allowed")
                 operation(self)
         except _Stop:
-            pass
+            if len(self.stack) != 1 or self.stack[0] is _MARK:
+                raise Refused(f"the pickle ends with {len(self.stack)} values on its stack instead of one") from None
+            return self.stack[0]
         except IndexError:
             raise Refused(f"is cut off or damaged at byte {self.position}") from None
-        value = self.pop()
-        if self.stack:
-            raise Refused("the pickle ends with values left over")
-        return value
 
     def take(self, size: int) -> memoryview:
         end = self.position + size

@@ -10,12 +10,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sim_jax.objectives import dsm, sim
+from sim_jax.objectives import diff_instruct, dsm, sid, sim
 from sim_jax.objectives.base import Nets, Objective, PairLoss, check_knobs, look_up
 from sim_jax.types import Cond, NoiseLevel
 
 TABLE: dict[str, Objective] = {
     "sim": sim.OBJECTIVE,
+    "sid": sid.OBJECTIVE,
+    "diff_instruct": diff_instruct.OBJECTIVE,
     "dsm": dsm.OBJECTIVE,
 }
 

@@ -118,6 +118,16 @@ def score_scale(level: NoiseLevel) -> Array:
     return level.alpha / jnp.square(level.sigma)
 
 
+def prediction_metrics(fake: Array, real: Array, x0: Array) -> dict[str, Array]:
+    """What a score objective reports of its two predictions, each [B]: `score_divergence`, mean_CHW
+    (D_fake - D_real)^2, `fake_error` and `teacher_error`, mean_CHW (D - x0)^2 of either network."""
+    return {
+        "score_divergence": mean_chw(jnp.square(fake - real)),
+        "fake_error": mean_chw(jnp.square(fake - x0)),
+        "teacher_error": mean_chw(jnp.square(real - x0)),
+    }
+
+
 def unknown(key: str, got: object, allowed: Iterable[str]) -> ValueError:
     """The error for a name that is not in a table: one line, with what is allowed and the nearest name."""
     allowed = list(allowed)

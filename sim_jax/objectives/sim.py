@@ -28,8 +28,7 @@ squared_l2: L_score(w) = L_x0(w k^2). The default is "x0": y is then of the imag
 level, so that one c means the same at sigma = 0.002 and at 24, between which k spans eight decades; and
 iCT's c, the one we have, lives there.
 
-With squared_l2 in x0-space and weighting "sid", L is twice SiD's loss at alpha = 1 (d' = 2y),
-https://arxiv.org/abs/2404.04057.
+With squared_l2 in x0-space and weighting "sid", L is twice SiD's loss at alpha = 1 (d' = 2y), see `sid.py`.
 
 Provenance: theorem [recalled; re-derived, checked by the tests], pseudo_huber [paper's form], its c, w(t)
 and the default weighting "none" [ours: not found; d' of pseudo_huber in x0-space is close to unit
@@ -41,8 +40,8 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from sim_jax.objectives import distances, dsm, weights
-from sim_jax.objectives.base import (Nets, Objective, Published, denoise, diffuse, expand, look_up, mean_chw,
-                                     score_scale, sum_chw)
+from sim_jax.objectives.base import (Nets, Objective, Published, denoise, diffuse, expand, look_up,
+                                     prediction_metrics, score_scale, sum_chw)
 from sim_jax.types import Array, Cond, NoiseLevel
 
 SPACES = {"x0": lambda level: jnp.ones_like(level.sigma), "score": score_scale}
@@ -72,8 +71,8 @@ def pair_loss(
       weighting: a row of `weights.GENERATOR`; sigma_power is the knob of "paper".
 
     Returns:
-      loss [B], summed over the sample's elements; metrics [B]: `divergence` w d(y), `score_divergence`
-      mean_CHW (D_fake - D_real)^2, `fake_error` and `teacher_error`, mean_CHW (D - x0)^2 of either network.
+      loss [B], summed over the sample's elements; metrics [B]: `divergence` w d(y), and those of
+      `base.prediction_metrics`.
 
     Raises:
       ValueError: unknown distance, space or weighting; a knob that the chosen one does not have, or out of
@@ -89,12 +88,7 @@ def pair_loss(
     y = expand(scale, x0) * (fake - real)
     w = weight(level, x0, real)
     loss = -w * sum_chw(d.gradient(y) * (fake - x0)) * scale
-    return loss, {
-        "divergence": w * d.value(y),
-        "score_divergence": mean_chw(jnp.square(fake - real)),
-        "fake_error": mean_chw(jnp.square(fake - x0)),
-        "teacher_error": mean_chw(jnp.square(real - x0)),
-    }
+    return loss, {"divergence": w * d.value(y), **prediction_metrics(fake, real, x0)}
 
 
 OBJECTIVE = Objective(
