@@ -56,10 +56,11 @@ _CHOICES = {
 }
 _FRACTIONS = ("label_balance", "concat_balance", "res_balance", "attn_balance")
 _SMALLEST = {"img_resolution": 1, "img_channels": 1, "label_dim": 0, "augment_dim": 0, "model_channels": 4, "channel_mult_emb": 1,
-             "channel_mult_noise": 1, "num_blocks": 1}
+             "channel_mult_noise": 1, "num_blocks": 1, "channels_per_head": 1, "logvar_channels": 1}
 _BUFFERS = ("freqs", "phases")  # leaves of the tree that are not trained
-# What does not change the function that a network computes at evaluation, so two descriptions may differ in it.
-_TRAINING_ONLY = ("dropout", "label_dropout", "use_fp16")
+# What does not change the function that a network computes at evaluation, so two descriptions may differ in it. The limits on
+# sigma are where samplers stop; some checkpoints set them and some do not.
+_TRAINING_ONLY = ("dropout", "label_dropout", "use_fp16", "sigma_min", "sigma_max")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -85,6 +85,8 @@ def run(args: argparse.Namespace) -> int:
     if loaded.sigma_init is not None:
         if args.steps not in (None, 1):
             raise ValueError(f"--steps: got {args.steps}, allowed: 1, this is a one-step generator")
+        if args.churn:
+            raise ValueError(f"--churn: got {args.churn}, allowed: 0, this is a one-step generator")
         spec = SamplerSpec(sigma_init=loaded.sigma_init)
     else:
         calls = 35 if args.steps is None else args.steps

@@ -155,7 +155,7 @@ def persistent(class_name: str, state: dict[str, Any], **changes) -> Call:
 
 def edm_module(state: Mapping[str, np.ndarray], spec: Mapping[str, Any], attributes: Mapping[str, dict[str, Any]] | None = None,
                *, name: str = "", tensors: Mapping[str, Any] | None = None) -> Any:
-    """An EDM network as nested persistent objects.
+    """An EDM or EDM2 network as nested persistent objects.
 
     Args:
       state: {PyTorch name: array}, with buffers.
@@ -168,14 +168,15 @@ def edm_module(state: Mapping[str, np.ndarray], spec: Mapping[str, Any], attribu
                                   if key.startswith(inside) and "." in key.removeprefix(inside)))
     own = {key.removeprefix(inside): (tensors or {}).get(key, tensor(embedded(array), array.shape)) for key, array in state.items()
            if key.startswith(inside) and "." not in key.removeprefix(inside)}
-    buffers = {key: value for key, value in own.items() if key in ("resample_filter", "freqs", "u")}
+    buffers = {key: value for key, value in own.items() if key in ("resample_filter", "freqs", "phases", "u")}
     fields = {"training": False, "_parameters": {key: value for key, value in own.items() if key not in buffers},
               "_buffers": buffers, "_non_persistent_buffers_set": set(),
               "_modules": {child: edm_module(state, spec, attributes, name=inside + child, tensors=tensors) for child in children}}
-    kind = _class_of(name, spec, set(children))
+    said_by_class = ("precond", "model_type") if spec["precond"] == "Precond" else ("precond",)
+    kind = (_class_of_edm2 if spec["precond"] == "Precond" else _class_of)(name, spec, set(children))
     if not name:
         fields |= {"img_resolution": spec["img_resolution"], "_init_args": (),
-                   "_init_kwargs": {k: list(v) if isinstance(v, tuple) else v for k, v in spec.items() if k != "precond"}}
+                   "_init_kwargs": {k: list(v) if isinstance(v, tuple) else v for k, v in spec.items() if k not in said_by_class}}
     fields |= (attributes or {}).get(name, {})
     if kind == "ModuleDict":
         return Build(New("torch.nn.modules.container.ModuleDict"), fields)
@@ -193,6 +194,14 @@ def _class_of(name: str, spec: Mapping[str, Any], children: set[str]) -> str:
     if last.startswith("map_") or last == "affine":
         return "FourierEmbedding" if last == "map_noise" else "Linear"
     return "GroupNorm" if "norm" in last else "Conv2d"
+
+
+def _class_of_edm2(name: str, spec: Mapping[str, Any], children: set[str]) -> str:
+    if name in ("unet.enc", "unet.dec"):
+        return "ModuleDict"
+    if name in ("", "unet"):
+        return "UNet" if name else "Precond"
+    return "Block" if "conv_res0" in children else "MPFourier" if name.endswith("fourier") else "MPConv"
 
 
 def edm_pickle(state: Mapping[str, np.ndarray], spec: Mapping[str, Any], attributes: Mapping[str, dict[str, Any]] | None = None,

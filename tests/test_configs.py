@@ -14,6 +14,7 @@ from sim_jax import experiment, networks, steps
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 NAMES = sorted(p.stem for p in (ROOT / "configs").glob("*.py") if p.stem not in ("common", "__init__"))
 sys.path.insert(0, str(ROOT))
+_TRACED: set[str] = set()
 
 
 def _config(name: str):
@@ -25,9 +26,8 @@ def _variants() -> list[tuple[str, str | None]]:
     return [(name, word) for name in NAMES for word in (None, *(w for group in _config(name).WORDS.values() for w in group[1:]))]
 
 
-def _trace(config) -> experiment.Experiment:
-    """Builds without data and weights, and traces every kind of training step that the run will take."""
-    built = experiment.build(config, with_data=False, with_weights=False)
+def _trace(config, built: experiment.Experiment) -> None:
+    """Traces every kind of training step that the run will take."""
     recipe = dataclasses.replace(built.recipe, loop="scan")  # one micro-batch is traced instead of all of them
     teacher = None if built.teacher is None else built.teacher.params
     batch = None
@@ -40,15 +40,19 @@ def _trace(config) -> experiment.Experiment:
         assert jax.tree.map(lambda a: (a.shape, a.dtype), new) == jax.tree.map(lambda a: (a.shape, a.dtype), built.shapes)
         assert all(value.shape == () for value in metrics.values())
         assert any(name.endswith("/loss") for name in metrics)
-    return built
 
 
 @pytest.mark.parametrize("name, word", _variants())
 def test_config_builds_and_steps_at_full_size(name, word):
     config = _config(name).get_config(word)
-    built = _trace(config)
+    built = experiment.build(config, with_data=False, with_weights=False)
     assert built.distils == (config.method != "dsm")
     assert built.total_steps >= 1
+    # Tracing a large network takes many seconds, so variants that differ in numbers alone share it.
+    kind = repr((config.network.to_dict(), config.method, config.objective.to_dict(), built.recipe.micro_batches > 1))
+    if kind not in _TRACED:
+        _trace(config, built)
+        _TRACED.add(kind)
 
 
 @pytest.mark.parametrize("name", NAMES)

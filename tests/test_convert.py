@@ -112,6 +112,15 @@ def test_strict_names(tmp_path):
         assert text in str(error.value)
 
 
+def test_dropout(tmp_path):
+    """Recorded, or EDM's default where the pickle's arguments leave it out; a bare state dict says nothing, so none."""
+    _, state = network_and_state("one_level")
+    plain = {key: value for key, value in SPECS["one_level"].items() if key != "dropout"}
+    for content, expected in ((writer.edm_pickle(state, {**plain, "dropout": 0.13}), 0.13), (writer.edm_pickle(state, plain), 0.10),
+                              (writer.save_zip(state), 0.0)):
+        assert kinds.read("edm", write(tmp_path, content)).network.spec["dropout"] == expected
+
+
 def test_wrong_buffer(tmp_path):
     _, state = network_and_state("iddpm")
     with pytest.raises(ValueError, match="buffer u is not the one"):
@@ -144,6 +153,35 @@ def test_source_that_was_changed(module, attributes, message, tmp_path):
     with pytest.raises(ValueError, match="^[^\n]*$") as error:
         kinds.read("edm", write(tmp_path, writer.edm_pickle(state, network.spec, {module: attributes})))
     assert message in str(error.value)
+
+
+EDM2 = {"precond": "Precond", "model_type": "EDM2UNet", "img_resolution": 8, "img_channels": 3, "label_dim": 3, "model_channels": 8,
+        "channel_mult": (1, 2), "num_blocks": 1, "attn_resolutions": (4,), "channels_per_head": 8, "logvar_channels": 4, "use_fp16": True}
+
+
+@pytest.mark.parametrize("changes", [{}, {"label_dim": 0, "res_balance": 0.5, "clip_act": None, "channel_mult_noise": 2}])
+def test_edm2(changes, tmp_path):
+    """EDM2's pickles in float16, and its state dicts."""
+    network = networks.build({**EDM2, **changes})
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape, np.float32).astype(np.float16), network.shapes())
+    state = param_table.to_torch(params, prefix="")
+    attributes = {"unet.enc.8x8_block0": {key: changes[key] for key in ("res_balance", "clip_act") if key in changes}}
+    converted = kinds.read("edm2", write(tmp_path, writer.edm_pickle(state, network.spec, attributes)))
+    assert converted.network.spec == network.spec and converted.state.keys() == state.keys()
+    for name, array in state.items():
+        np.testing.assert_array_equal(converted.state[name], array)
+    said = conversion.Options(network={"channels_per_head": 8, **changes})
+    for kind, content in (("edm2", writer.save_zip(state)), ("safetensors", writer.safetensors({k: v.astype(np.float32) for k, v in state.items()}))):
+        bare = kinds.read(kind, write(tmp_path, content), said)
+        assert networks.differences(bare.network.spec, {**network.spec, "channel_mult_noise": bare.network.spec["channel_mult_noise"],
+                                                        "channel_mult_emb": 2}) == []
+    with pytest.raises(ValueError, match="res_balance=0.25 at 'unet.dec.4x4_in0'"):
+        kinds.read("edm2", write(tmp_path, writer.edm_pickle(state, network.spec, {"unet.dec.4x4_in0": {"res_balance": 0.25}})))
+    with pytest.raises(ValueError, match="num_blocks: 3, but its tensors say 1"):
+        kinds.read("edm2", write(tmp_path, writer.edm_pickle(state, {**network.spec, "num_blocks": 3})))
+    with pytest.raises(ValueError, match="EDM2's networks are kind edm2"):
+        kinds.read("edm", write(tmp_path, writer.edm_pickle(state, network.spec)))
 
 
 def test_limits_on_sigma_come_from_the_object(tmp_path):

@@ -228,6 +228,8 @@ FILES = {
     "safetensors_twice_the_same": (lambda: writer.safetensors_raw(b'{"a":{},"a":{}}', b""), "names something twice"),
     "safetensors_nested": (lambda: writer.safetensors_raw(b'{"a":' * 100_000 + b"1" + b"}" * 100_000, b""), "nested too deeply"),
     "safetensors_description": (lambda: writer.safetensors_raw({"__metadata__": {"sim_jax": "[" * 100_000}}, b""), "does not describe"),
+    "safetensors_sigma": (lambda: writer.safetensors_raw({"__metadata__": {"sim_jax": '{"network": {}, "sigma_init": "x"}'}}, b""),
+                          "no possible sigma_init"),
     # what one downloads by mistake
     "empty": (lambda: b"", "is empty"),
     "text": (lambda: b"Not a checkpoint\n" * 100, "neither a pickle"),

@@ -86,9 +86,11 @@ def test_gradient_is_the_difference_of_the_predictions():
 
 def test_networks_have_no_backward_pass():
     """The loss and its gradient cost what the loss alone costs; SIM's gradient about as much again."""
+    both = nets()
+
     def flops(pair_loss, transform):
         def total(x0, noise, level):
-            return jnp.sum(pair_loss(nets(), x0, noise, level, None)[0])
+            return jnp.sum(pair_loss(both, x0, noise, level, None)[0])
 
         return jax.jit(transform(total)).lower(*inputs()).compile().cost_analysis()["flops"]
 

@@ -283,7 +283,8 @@ def test_descriptions():
             ({"model_type": "UNet"}, "network.model_type: got 'UNet', allowed: DhariwalUNet, SongUNet, EDM2UNet"),
             ({"precond": "EDM2"}, "network.precond: got 'EDM2', allowed: EDMPrecond, .*, Precond"),
             ({"augment_dim": 9}, "network.augment_dim: unknown"), ({"res_balnce": 0.1}, "did you mean 'res_balance'"),
-            ({"label_balance": 1.5}, "network.label_balance: got 1.5, allowed: from 0 to 1")):
+            ({"label_balance": 1.5}, "network.label_balance: got 1.5, allowed: from 0 to 1"),
+            ({"channels_per_head": 0}, "network.channels_per_head: got 0, allowed: a whole number from 1")):
         with pytest.raises(ValueError, match=message):
             networks.build({**TINY, **change})
 

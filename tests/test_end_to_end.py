@@ -58,7 +58,7 @@ def test_the_report_compares_teacher_generator_and_real_images(distilled):
         assert report[role]["fd"] > report["real_halves"]["fd"] > 0
         assert 0 <= report[role]["class_agreement"] <= 1
     assert 0 < report["seconds"]["to_first_step"] <= report["seconds"]["total"]
-    assert isinstance(report["device"], str) and report["device"].startswith("8 x ")
+    assert "8 devices" in report["device"]
     assert report["steps"] == STEPS and report["kimg"] == pytest.approx(KIMG)
     assert report["protocol"]["count"] == 100 and report["protocol"]["reference_count"] == 1797
 

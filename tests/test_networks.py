@@ -53,7 +53,6 @@ def test_parameters_are_float32_and_named():
     table = param_table.flatten(net.shapes())
     assert {leaf.dtype for leaf in table.values()} == {jnp.dtype("float32")}
     assert {"enc.8x8_conv.weight", "enc.8x8_block0.affine.bias", "dec.8x8_in0.qkv.weight", "dec.8x8_aux_conv.weight"} <= set(table)
-    assert jax.tree.structure(net.init(jax.random.key(0))) == jax.tree.structure(net.shapes())
 
 
 def test_bfloat16_stays_near():
@@ -114,11 +113,12 @@ def test_preconditioning_wraps_the_raw_network():
     """D = c_skip x + c_out F(c_in x; c_noise), equation 7; with F = 0 it is c_skip x."""
     net, params, (x, sigma, cond) = setup()
     c_skip, c_out, c_in, c_noise = (np.asarray(c)[:, None, None, None] for c in net.precond.coefficients(sigma))
-    raw = net.module.apply({"params": params}, c_in * x, c_noise[:, 0, 0, 0], cond.class_labels, np.zeros((3, 0), np.float32))
-    got = jax.jit(net.denoise)(params, x, sigma, cond)
+    raw = jax.jit(net.module.apply)({"params": params}, c_in * x, c_noise[:, 0, 0, 0], cond.class_labels)
+    denoise = jax.jit(net.denoise)
+    got = denoise(params, x, sigma, cond)
     np.testing.assert_allclose(got, c_skip * x + c_out * np.asarray(raw), rtol=1e-4, atol=1e-4)
     silent = jax.tree.map(np.zeros_like, params)
-    np.testing.assert_allclose(jax.jit(net.denoise)(silent, x, sigma, cond), c_skip * x, rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(denoise(silent, x, sigma, cond), c_skip * x, rtol=1e-6, atol=1e-7)
 
 
 def test_second_half_of_iddpm_channels_is_dropped():
@@ -156,10 +156,10 @@ def test_skip_decoder(taps):
     params["dec"]["4x4_aux_conv"]["weight"] = np.zeros_like(params["dec"]["4x4_aux_conv"]["weight"])
     params["dec"]["4x4_aux_conv"]["bias"] = np.float32([0.7])
     x, sigma, cond = inputs(net)
-    raw = net.module.apply({"params": params}, x, np.zeros(3, np.float32), cond.class_labels, np.zeros((3, 0), np.float32))
+    raw = jax.jit(net.module.apply)({"params": params}, x, np.zeros(3, np.float32), cond.class_labels)
     np.testing.assert_allclose(raw[0], expand(np.full((4, 4, 1), 0.7), taps), atol=1e-6)
     if len(taps) > 2:  # the border shows the filter
-        assert float(raw[0, 0, 0, 0]) == pytest.approx(0.7 * (7 / 8) ** 2, rel=1e-5)
+        assert float(raw[0, 0, 0, 0]) == pytest.approx(0.7 * (3 / 4) ** 2, rel=1e-5)
 
 
 def test_skip_encoder():
@@ -177,7 +177,7 @@ def test_skip_encoder():
 
 @pytest.mark.parametrize("changes, words", [
     (dict(img_resolutoin=8), ("network.img_resolutoin", "did you mean 'img_resolution'")),
-    (dict(model_type="UNet"), ("network.model_type", "'UNet'", "SongUNet, DhariwalUNet")),
+    (dict(model_type="UNet"), ("network.model_type", "'UNet'", "SongUNet")),
     (dict(precond="EDM"), ("precond", "'EDM'", "EDMPrecond")),
     (dict(embedding_type="sine"), ("network.embedding_type", "'sine'", "positional, fourier")),
     (dict(encoder_type="unet"), ("network.encoder_type", "'unet'", "standard, skip, residual")),

@@ -76,7 +76,8 @@ def run(args: argparse.Namespace) -> int:
     bar.close()
     spec, sigma = converted.network.spec, info.get("sigma_init")
     what = f"a one-step generator at sigma {sigma:g}" if sigma else "a denoiser"
-    print(f"{spec['precond']} of {spec['model_type']}, {spec['img_resolution']}x{spec['img_resolution']}, {spec['label_dim']} classes, "
+    size = spec["img_resolution"]
+    print(f"{spec['precond']} of {spec['model_type']}, {size}x{size}, {spec['label_dim']} classes, "
           f"{converted.network.num_params():,} parameters, {what}: {args.out}")
     return 0
 

@@ -86,6 +86,9 @@ def read_safetensors(path: str) -> tuple[dict[str, np.ndarray], dict[str, Any], 
         header = None
     if not isinstance(header, dict) or not isinstance(header.get("network"), dict):
         raise ValueError(f"{path}: its metadata {_KEY!r} does not describe a network")
+    sigma, labels = header.get("sigma_init", 1.0), header.get("labels", {})
+    if type(sigma) not in (int, float) or not 0 < sigma < 1e6 or not isinstance(labels, dict):
+        raise ValueError(f"{path}: its metadata {_KEY!r} has no possible sigma_init or labels")
     given = {key: tuple(value) if isinstance(value, list) else value for key, value in header["network"].items()}
     return state, given, {key: header[key] for key in _KEPT if key in header}
 

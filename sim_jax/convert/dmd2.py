@@ -1,7 +1,7 @@
 """DMD2's ImageNet-64 generators (tianweiy/DMD2): `pytorch_model.bin`, a state dict under the names of EDM's ADM.
 
-G(z) = D(80 z; 80): training and testing condition on sigma = 80 (`conditioning_sigma`). The network is EDM's ImageNet-64 ADM without
-augmentation labels, dropout 0; `pytorch_model_1.bin`, beside it, holds the fake score and the discriminator.
+G(z) = D(80 z; 80): training and testing condition on sigma = 80 (`conditioning_sigma`). The network is EDM's ImageNet-64 ADM
+without augmentation labels, dropout 0; `pytorch_model_1.bin`, beside it, holds the fake score and the discriminator.
 """
 
 from __future__ import annotations

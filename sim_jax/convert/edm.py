@@ -18,7 +18,8 @@ from sim_jax.convert.pickle_machine import Record, Refused, show
 from sim_jax.types import Array, Cond, Params
 
 
-def read(path: str, options: Options = Options(), *, keys: tuple[str, ...] = ("ema",), info: Mapping[str, Any] | None = None) -> Converted:
+def read(path: str, options: Options = Options(), *, keys: tuple[str, ...] = ("ema",),
+         info: Mapping[str, Any] | None = None) -> Converted:
     """A teacher from EDM's pickle or from a state dict.
 
     Args:
@@ -65,7 +66,9 @@ def from_arrays(state: Mapping[str, np.ndarray], given: Mapping[str, Any], info:
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
     infer.check_values(given, found, source=source)
-    spec = networks.full_spec({**found, **given})
+    # A whole description that leaves dropout out means EDM's default; tensors alone say nothing.
+    unknown = {} if "img_resolution" in given else {"dropout": 0.0}
+    spec = networks.full_spec({**unknown, **found, **given})
     wrong = infer.contradictions(spec, found)
     if wrong:
         raise ValueError(f"{source}: its description says {'; '.join(wrong)}")

@@ -23,7 +23,10 @@ _LAYERS = ("Block", "MPConv", "MPFourier", "ModuleDict")
 _CHECKED = {"Precond": ("img_resolution", "img_channels", "label_dim", "sigma_data"), "UNet": ("label_balance", "concat_balance"),
             "Block": ("res_balance", "attn_balance", "clip_act")}
 _LARGEST_RESOLUTION = 4096
-_RANGES = {"sigma_data": 1e6, "label_balance": 1, "concat_balance": 1, "res_balance": 1, "attn_balance": 1, "clip_act": 1e6, "dropout": 1}
+_DEFAULTS = {"sigma_data": 0.5, "label_balance": 0.5, "concat_balance": 0.5, "res_balance": 0.3, "attn_balance": 0.3,
+             "clip_act": 256}
+_RANGES = {"sigma_data": 1e6, "label_balance": 1, "concat_balance": 1, "res_balance": 1, "attn_balance": 1, "clip_act": 1e6,
+           "dropout": 1}
 
 
 def describe(state: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -33,7 +36,8 @@ def describe(state: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """
     stages = [match.groups() for match in map(_STAGE.fullmatch, state) if match]
     sizes = sorted({int(size) for size, *_ in stages}, reverse=True)
-    if not sizes or sizes != [sizes[0] >> level for level in range(len(sizes))] or not 1 <= sizes[-1] <= sizes[0] <= _LARGEST_RESOLUTION:
+    halving = sizes == [sizes[0] >> level for level in range(len(sizes))] if sizes else False
+    if not halving or not 1 <= sizes[-1] <= sizes[0] <= _LARGEST_RESOLUTION:
         raise ValueError("its tensors are not named as in EDM2's networks (unet.enc.64x64_conv.weight and so on)")
 
     def shape(name: str, ndim: int) -> tuple[int, ...]:
@@ -83,7 +87,8 @@ def _widths(spec: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, tupl
     def blocks(s: Mapping[str, Any]) -> list[Any]:
         return [s["model_channels"] * mult for mult in s["channel_mult"]]
 
-    pairs = {key: (spec[key], found[key]) for key in ("img_resolution", "img_channels", "label_dim", "num_blocks", "logvar_channels")}
+    plain = ("img_resolution", "img_channels", "label_dim", "num_blocks", "logvar_channels")
+    pairs = {key: (spec[key], found[key]) for key in plain}
     pairs["model_channels * channel_mult"] = (blocks(spec), blocks(found))
     pairs["attn_resolutions"] = (tuple(s for s in sizes if s in spec["attn_resolutions"]), found["attn_resolutions"])
     return pairs
@@ -98,12 +103,11 @@ def arguments(tree: list[Module]) -> dict[str, Any]:
     if root.kind != "Precond":
         raise Refused(f"holds a {show(root.kind)}, allowed: Precond")
     spec = modules.constructor_arguments(root, _POSITIONAL)
-    defaults = {"sigma_data": 0.5, "label_balance": 0.5, "concat_balance": 0.5, "res_balance": 0.3, "attn_balance": 0.3, "clip_act": 256}
     for module in tree:
         if module.name not in ("", "unet") and module.kind not in _LAYERS or module.name == "unet" and module.kind != "UNet":
             raise Refused(f"has a {show(module.kind)} at {module.name}, which is not a layer of EDM2's networks")
         for key in _CHECKED.get(module.kind, ()):
-            wanted = spec.get(key, defaults.get(key))
+            wanted = spec.get(key, _DEFAULTS.get(key))
             value = module.attributes.get(key, wanted)
             if value != wanted:
                 raise Refused(f"has {key}={show(value)} at {show(module.name)}, but was built with {show(wanted)}")

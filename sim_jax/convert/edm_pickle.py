@@ -28,7 +28,8 @@ def arguments(tree: list[Module]) -> dict[str, Any]:
     """
     root, family = tree[0], networks.family_of({})
     if root.kind not in family.preconds:
-        raise Refused(f"holds a {show(root.kind)}, allowed: {', '.join(family.preconds)}")
+        hint = "; EDM2's networks are kind edm2" if root.kind == "Precond" else ""
+        raise Refused(f"holds a {show(root.kind)}, allowed: {', '.join(family.preconds)}{hint}")
     model = next((module.kind for module in tree if module.name == "model"), None)
     if model not in family.models:
         raise Refused(f"has {show(model)} as its network, allowed: {', '.join(family.models)}")

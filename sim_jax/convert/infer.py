@@ -18,7 +18,7 @@ _NUMBERS = ("sigma_min", "sigma_max", "sigma_data", "beta_d", "beta_min", "epsil
 
 
 def describe(state: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """The description, as `sim_jax.networks` takes it; dropout is 0.
+    """The description, as `sim_jax.networks` takes it, without dropout.
 
     Args:
       state: {PyTorch name: array}, names as in EDM's `EDMPrecond`, with its buffers if there are any.
@@ -36,7 +36,7 @@ def describe(state: Mapping[str, np.ndarray]) -> dict[str, Any]:
     spec = {
         "precond": "iDDPMPrecond" if output == 2 * first[1] else "EDMPrecond",
         "model_type": "DhariwalUNet" if adm else "SongUNet",
-        "img_resolution": sizes[0], "img_channels": first[1], "dropout": 0.0,
+        "img_resolution": sizes[0], "img_channels": first[1],
         "label_dim": _columns(state, "model.map_label.weight"), "augment_dim": _columns(state, "model.map_augment.weight"),
         "model_channels": width, "channel_mult_emb": _times(mapping[0], width, "map_layer0"),
         "channel_mult": tuple(_times(_shape(state, f"model.enc.{s}x{s}_block0.conv0.weight", 4)[0], width, f"enc.{s}x{s}_block0")
@@ -68,7 +68,7 @@ def check_values(given: Mapping[str, Any], found: Mapping[str, Any], *, source: 
         raise ValueError(f"{source}: network.img_resolution: got {found['img_resolution']}, allowed: up to {_LARGEST_RESOLUTION}")
     for key, value in given.items():
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if key in found and key != "dropout":
+        if key in found:
             fine = isinstance(value, list | tuple) if isinstance(found[key], tuple) else type(value) is type(found[key])
         elif key == "M":
             fine = type(value) is int and 2 <= value <= 100_000
@@ -87,7 +87,7 @@ def check_values(given: Mapping[str, Any], found: Mapping[str, Any], *, source: 
 def contradictions(given: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
     """Where a full description disagrees with `describe`, as "key: a, but its tensors say b"."""
     out = []
-    for key in sorted(found.keys() - {"dropout", "precond"}):
+    for key in sorted(found.keys() - {"precond"}):
         said, seen = given[key], found[key]
         if key == "attn_resolutions":
             sizes = [found["img_resolution"] >> level for level in range(len(found["channel_mult"]))]

@@ -97,6 +97,7 @@ def _plain(key: str, value: Any) -> Any:
     small = isinstance(value, (bool, float, type(None))) or (isinstance(value, int) and abs(value) < 1 << 31)
     if small or (isinstance(value, str) and len(value) < 64 and value.isprintable()):
         return value
-    if isinstance(value, (list, tuple)) and len(value) <= 32 and all(isinstance(v, (int, float)) and abs(v) < 1 << 31 for v in value):
-        return tuple(value)
+    if isinstance(value, (list, tuple)) and len(value) <= 32:
+        if all(isinstance(v, (int, float)) and abs(v) < 1 << 31 for v in value):
+            return tuple(value)
     raise Refused(f"records the constructor argument {key} as {show(value)}")

@@ -119,7 +119,8 @@ class Machine:
     def take(self, size: int) -> memoryview:
         end = self.position + size
         if end > len(self.data):
-            raise Refused(f"is cut off: {size} bytes are announced at byte {self.position}, {len(self.data) - self.position} are left")
+            left = len(self.data) - self.position
+            raise Refused(f"is cut off: {size} bytes are announced at byte {self.position}, {left} are left")
         view = self.data[self.position:end]
         self.position = end
         return view
@@ -187,6 +188,12 @@ class Machine:
             raise Refused(f"sets the state of {_what(target)}")
         target.state = state
 
+    def extend(self, items: list[Any]) -> None:
+        self.top(list).extend(items)
+
+    def add(self, items: list[Any]) -> None:
+        self.top(set).update(_key(item) for item in items)
+
     def set_items(self, items: list[Any]) -> None:
         target = self.top(dict)
         if len(items) % 2:
@@ -253,31 +260,6 @@ def _frame(m: Machine) -> None:
         raise Refused(f"is cut off at byte {m.position}: a frame is longer than the file")
 
 
-def _append(m: Machine) -> None:
-    value = m.pop()
-    m.top(list).append(value)
-
-
-def _appends(m: Machine) -> None:
-    items = m.pop_to_mark()
-    m.top(list).extend(items)
-
-
-def _additems(m: Machine) -> None:
-    items = m.pop_to_mark()
-    m.top(set).update(_key(item) for item in items)
-
-
-def _setitem(m: Machine) -> None:
-    value, key = m.pop(), m.pop()
-    m.set_items([key, value])
-
-
-def _setitems(m: Machine) -> None:
-    items = m.pop_to_mark()
-    m.set_items(items)
-
-
 def _global(m: Machine) -> None:
     module = m.line()
     m.find(module, m.line())
@@ -296,9 +278,10 @@ _OPERATIONS: dict[int, Callable[[Machine], Any]] = {code[0]: operation for code,
     b"\x8e": lambda m: m.push(m.take(m.number(8))), b"\x96": lambda m: m.push(m.take(m.number(8))),
     b")": lambda m: m.push(()), b"t": lambda m: m.push(tuple(m.pop_to_mark())),
     b"\x85": lambda m: m.tuple_of(1), b"\x86": lambda m: m.tuple_of(2), b"\x87": lambda m: m.tuple_of(3),
-    b"]": lambda m: m.push([]), b"a": _append, b"e": _appends,
-    b"}": lambda m: m.push({}), b"s": _setitem, b"u": _setitems,
-    b"\x8f": lambda m: m.push(set()), b"\x90": _additems, b"\x91": lambda m: m.push(frozenset(_key(item) for item in m.pop_to_mark())),
+    b"]": lambda m: m.push([]), b"a": lambda m: m.extend([m.pop()]), b"e": lambda m: m.extend(m.pop_to_mark()),
+    b"}": lambda m: m.push({}), b"s": lambda m: m.set_items([m.pop(), m.pop()][::-1]), b"u": lambda m: m.set_items(m.pop_to_mark()),
+    b"\x8f": lambda m: m.push(set()), b"\x90": lambda m: m.add(m.pop_to_mark()),
+    b"\x91": lambda m: m.push(frozenset(_key(item) for item in m.pop_to_mark())),
     b"q": lambda m: m.remember(m.number(1)), b"r": lambda m: m.remember(m.number(4)), b"\x94": lambda m: m.remember(len(m.memo)),
     b"h": lambda m: m.recall(m.number(1)), b"j": lambda m: m.recall(m.number(4)),
     b"c": _global, b"\x93": _stack_global, b"R": lambda m: m.call(), b"\x81": lambda m: m.call(), b"b": lambda m: m.build(),
