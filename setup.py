@@ -34,8 +34,8 @@ setup(
     ],
     extras_require={
         "tf": ["tensorflow-cpu>=2.17"],
-        "convert": ["torch>=2.4"],
-        "test": ["pytest>=8", "scipy>=1.11"],
+        "convert": [],  # nothing more: checkpoints of PyTorch are read without it
+        "test": ["pytest>=8", "pytest-xdist>=3.5", "scipy>=1.11"],
         "notebook": ["jupyterlab>=4"],
     },
 )

@@ -10,10 +10,11 @@ Values:    all EDM's: batch 512, 200 million images, lr 1e-3 with 10 million ima
 Words:     uncond (default) or cond; vp (default: DDPM++) or ve (NCSN++); full (default) or tiny (a small network, seconds on a CPU).
 """
 
-from configs import cifar10
+from configs import cifar10, common
 
 WORDS = {name: words for name, words in cifar10.WORDS.items() if name != "job"}
 
 
 def get_config(arg=None):
+    common.parse_arg(arg, **WORDS)  # refuses the words of other jobs
     return cifar10.get_config(",".join(filter(None, ["teacher", arg])))

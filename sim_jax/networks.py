@@ -33,6 +33,7 @@ class Family(NamedTuple):
       preconds, models: by class name; the first of each is the default.
       defaults: of the preconditioner's arguments that are neither the network's nor its formula's.
       prefix: of names in a state dict, in front of the tree's: the attribute under which the preconditioner keeps the network.
+      complete: of a checked description, the arguments whose defaults follow from others.
       project: parameters -> parameters, onto the set that training keeps them in.
     """
 
@@ -40,13 +41,15 @@ class Family(NamedTuple):
     models: Mapping[str, Any]
     defaults: Mapping[str, Any]
     prefix: str = ""
+    complete: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda spec: {}
     project: Callable[[Params], Params] = lambda params: params
 
 
 _FAMILIES = (
     Family(("EDMPrecond", "VPPrecond", "VEPrecond", "iDDPMPrecond"), {"DhariwalUNet": DhariwalUNet, "SongUNet": SongUNet},
            {"img_channels": 3, "use_fp16": False}, prefix="model."),
-    Family(("Precond",), {"EDM2UNet": edm2.EDM2UNet}, {"img_channels": 3, "use_fp16": True}, project=edm2.project),
+    Family(("Precond",), {"EDM2UNet": edm2.EDM2UNet}, {"img_channels": 3, "use_fp16": True}, complete=edm2.complete,
+           project=edm2.project),
 )
 _OURS = ("in_channels", "out_channels", "dtype", "remat", "parent", "name")  # module fields that a description does not set
 _CHOICES = {
@@ -190,7 +193,7 @@ def full_spec(spec: Mapping[str, Any]) -> dict[str, Any]:
     if out["img_resolution"] % deepest:
         raise ValueError(f"network.img_resolution: got {out['img_resolution']}, it must be a multiple of {deepest}, "
                          f"since channel_mult has {len(out['channel_mult'])} resolutions")
-    return out
+    return out | family.complete(out)
 
 
 def _check_values(spec: Mapping[str, Any]) -> None:

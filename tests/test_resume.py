@@ -17,7 +17,7 @@ import runs
 from sim_jax import main, metrics, train
 
 # Every generator of randomness is in use: dropout, classes, noise; two micro-batches; a schedule that looks at the step.
-RANDOM = ("--config.teacher.path=random:3", "--config.network.dropout=0.1", "--config.max_batch_per_device=1",
+RANDOM = ("--config.generator.dropout=0.1", "--config.fake_score.dropout=0.1", "--config.max_batch_per_device=1",
           "--config.run.eval_images=0", "--config.run.features=none", "--config.run.probe_every=7", "--config.run.sample_every=5")
 
 
@@ -59,21 +59,27 @@ def _stop_at(monkeypatch, steps: list[int], number: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
+def overrides(tmp_path_factory):
+    """What all distillations here have in common."""
+    return (*RANDOM, f"--config.teacher.path={runs.untrained_teacher(tmp_path_factory.mktemp('untrained') / 'teacher')}")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, overrides):
     workdir = tmp_path_factory.mktemp("uninterrupted") / "run"
-    assert runs.train("digits.py", workdir, *RANDOM) == 0
+    assert runs.train("digits.py", workdir, *overrides) == 0
     return workdir
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_stopped_twice_at_steps_that_are_no_checkpoints(uninterrupted, tmp_path, monkeypatch, capsys, number, code):
+def test_stopped_twice_at_steps_that_are_no_checkpoints(uninterrupted, overrides, tmp_path, monkeypatch, capsys, number, code):
     workdir = tmp_path / "run"
     _stop_at(monkeypatch, [1, 6], number)
-    assert runs.train("digits.py", workdir, *RANDOM) == code
+    assert runs.train("digits.py", workdir, *overrides) == code
     assert f"{signal.Signals(number).name}: saved step 1 of 8; the same command resumes" in capsys.readouterr().err
-    assert runs.train("digits.py", workdir, *RANDOM) == code
+    assert runs.train("digits.py", workdir, *overrides) == code
     assert "resuming at step 1 of 8" in capsys.readouterr().err
-    assert runs.train("digits.py", workdir, *RANDOM) == 0
+    assert runs.train("digits.py", workdir, *overrides) == 0
     _assert_same_end(workdir, uninterrupted, 8)
 
 
@@ -88,9 +94,9 @@ def test_training_on_images_continues_with_the_next_image(tmp_path, monkeypatch)
     _assert_same_end(tmp_path / "cut", tmp_path / "whole", 8)
 
 
-def test_the_fake_score_s_turns_survive_a_stop(tmp_path, monkeypatch):
+def test_the_fake_score_s_turns_survive_a_stop(overrides, tmp_path, monkeypatch):
     """Two critic updates per generator update, cut between the two."""
-    overrides = (*RANDOM, "--config.fake_score.updates=2", "--config.total_kimg=0.064")
+    overrides = (*overrides, "--config.fake_score.updates=2", "--config.total_kimg=0.064")
     assert runs.train("digits.py", tmp_path / "whole", *overrides) == 0
     _stop_at(monkeypatch, [3], signal.SIGTERM)
     assert runs.train("digits.py", tmp_path / "cut", *overrides) == 143
@@ -98,48 +104,48 @@ def test_the_fake_score_s_turns_survive_a_stop(tmp_path, monkeypatch):
     _assert_same_end(tmp_path / "cut", tmp_path / "whole", 8)
 
 
-def test_a_finished_run_repeated_changes_nothing(uninterrupted, tmp_path, capsys, monkeypatch):
+def test_a_finished_run_repeated_changes_nothing(uninterrupted, overrides, tmp_path, capsys, monkeypatch):
     workdir = tmp_path / "run"
     shutil.copytree(uninterrupted, workdir)
     before = {p.relative_to(workdir): p.read_bytes() for p in workdir.rglob("*") if p.is_file() and p.name != "config.json"}
     monkeypatch.setattr(train, "_loop", None)  # whoever calls it fails
-    assert runs.train("digits.py", workdir, *RANDOM) == 0
+    assert runs.train("digits.py", workdir, *overrides) == 0
     assert "nothing is left to do" in capsys.readouterr().err
     after = {p.relative_to(workdir): p.read_bytes() for p in workdir.rglob("*") if p.is_file() and p.name != "config.json"}
     assert after == before
 
 
-def test_a_run_killed_while_it_wrote_the_report_writes_it_again(uninterrupted, tmp_path):
+def test_a_run_killed_while_it_wrote_the_report_writes_it_again(uninterrupted, overrides, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(uninterrupted, workdir)
     (workdir / "report.json").unlink()
-    assert runs.train("digits.py", workdir, *RANDOM) == 0
+    assert runs.train("digits.py", workdir, *overrides) == 0
     assert json.loads((workdir / "report.json").read_text())["steps"] == 8
     _assert_same_end(workdir, uninterrupted, 8)
 
 
-def test_a_signal_during_the_report_ends_the_run_at_once(uninterrupted, tmp_path, monkeypatch, capsys):
+def test_a_signal_during_the_report_ends_the_run_at_once(uninterrupted, overrides, tmp_path, monkeypatch, capsys):
     workdir = tmp_path / "run"
     shutil.copytree(uninterrupted, workdir)
     (workdir / "report.json").unlink()
     monkeypatch.setattr(train.showcase.Showcase, "finish", lambda *args, **kwargs: signal.raise_signal(signal.SIGTERM))
     with pytest.raises(SystemExit) as stop:
-        runs.train("digits.py", workdir, *RANDOM)
+        runs.train("digits.py", workdir, *overrides)
     assert stop.value.code == 143 and "everything is saved" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # handlers are given back
 
 
-def test_length_and_run_section_may_change_and_nothing_else(uninterrupted, tmp_path, capsys):
+def test_length_and_run_section_may_change_and_nothing_else(uninterrupted, overrides, tmp_path, capsys):
     workdir = tmp_path / "run"
     shutil.copytree(uninterrupted, workdir)
     before = (workdir / "config.json").read_bytes()
-    assert runs.train("digits.py", workdir, *RANDOM, "--config.seed=1", "--config.generator.optimizer.lr=0.5") == 2
+    assert runs.train("digits.py", workdir, *overrides, "--config.seed=1", "--config.generator.optimizer.lr=0.5") == 2
     error = capsys.readouterr().err
     assert "belongs to another config: generator.optimizer.lr: 0.0001 -> 0.5; seed: 0 -> 1" in error
-    assert runs.train("digits.py", workdir, *RANDOM, "--config.total_kimg=0.064") == 2
+    assert runs.train("digits.py", workdir, *overrides, "--config.total_kimg=0.064") == 2
     assert "total_kimg: got 0.064, allowed: 0.128 or more" in capsys.readouterr().err
     assert (workdir / "config.json").read_bytes() == before
-    assert runs.train("digits.py", workdir, *RANDOM, "--config.total_kimg=0.16", "--config.run.log_every=2", "--config.run.keep=1") == 0
+    assert runs.train("digits.py", workdir, *overrides, "--config.total_kimg=0.16", "--config.run.log_every=2", "--config.run.keep=1") == 0
     assert [row["step"] for row in metrics.read_metrics(workdir)] == [0, *range(1, 9), 10]
     assert json.loads((workdir / "report.json").read_text())["steps"] == 10
     assert [p.name for p in (workdir / "checkpoints").iterdir()] == ["10"]
@@ -156,11 +162,11 @@ def _newest_row(workdir) -> int:
 
 
 @pytest.mark.slow
-def test_killed_in_every_way_at_any_moment(tmp_path):
+def test_killed_in_every_way_at_any_moment(overrides, tmp_path):
     """Processes of their own: SIGTERM, SIGINT and SIGKILL, each somewhere in its quarter of the run, then run to the end."""
     steps, draw = 240, random.Random(0)
     length = f"--config.total_kimg={steps * 16 / 1000}"
-    overrides = (*RANDOM, length, "--config.run.save_every=10", "--config.run.sample_every=50", "--config.run.probe_every=50")
+    overrides = (*overrides, length, "--config.run.save_every=10", "--config.run.sample_every=50", "--config.run.probe_every=50")
     assert main.main(runs.command("digits.py", tmp_path / "whole", *overrides)) == 0
 
     workdir, resumed = tmp_path / "cut", 0
@@ -184,10 +190,10 @@ def test_killed_in_every_way_at_any_moment(tmp_path):
     assert not list((workdir / "checkpoints").glob("*tmp*"))
 
 
-def test_divergence_ends_with_one_line_and_leaves_the_last_checkpoint(tmp_path, capsys):
-    """An absurd learning rate from step 5 on (where the warm-up ends it is reached): the weights leave float32."""
+def test_divergence_ends_with_one_line_and_leaves_the_last_checkpoint(overrides, tmp_path, capsys):
+    """A learning rate under which the weights leave float32 within a few steps."""
     absurd = [f"--config.{role}.optimizer.{key}" for role in ("generator", "fake_score") for key in ("name=sgd", "lr=1000.0")]
-    assert runs.train("digits.py", tmp_path / "run", *RANDOM, *absurd, "--config.run.save_every=1", "--config.total_kimg=0.64") == 1
+    assert runs.train("digits.py", tmp_path / "run", *overrides, *absurd, "--config.run.save_every=1", "--config.total_kimg=0.64") == 1
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(error) == 1 and "training has diverged; the last checkpoint is intact" in error[0]
     saved = sorted(int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir())

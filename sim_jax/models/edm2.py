@@ -2,22 +2,24 @@
 
 Every operation keeps the expected magnitude of activations, M[x] = sqrt(mean x_i^2), at one:
 
-    normalize(x)     = x / (eps + M[x])                                         over all inputs of an output channel, or over a pixel
+    normalize(x)     = x / (eps + M[x])                      over all inputs of an output channel, or over a pixel
     MPConv(x)        = conv(x, g normalize(w) / sqrt(fan_in))                   equation 47, g = 1 or a learned gain
     mp_silu(x)       = silu(x) / 0.596                                          equation 81
     mp_sum(a, b, t)  = ((1 - t) a + t b) / sqrt((1 - t)^2 + t^2)                equation 88
     mp_cat(a, b, t)  = sqrt((Na + Nb) / ((1 - t)^2 + t^2)) [(1 - t) a / sqrt(Na), t b / sqrt(Nb)]      equation 103
     MPFourier(c)     = sqrt(2) cos(freqs c + phases)                            equation 75
 
-There are no biases and no group normalisations. In training, `project` puts every weight back to magnitude one after each update
-(forced weight normalisation, equation 66): the function does not change, but the effective learning rate no longer decays as
-weights grow. Submodule names are those of the public code, from the preconditioner down: `unet.enc.64x64_block0.conv_res0.weight`.
+There are no biases and no group normalisations. In training, `project` puts every weight back to magnitude one after each
+update (forced weight normalisation, equation 66): the function does not change, but the effective learning rate no longer
+decays as weights grow. Submodule names are those of the public code, from the preconditioner down:
+`unet.enc.64x64_block0.conv_res0.weight`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -51,6 +53,13 @@ def project(params: Params) -> Params:
     return jax.tree_util.tree_map_with_path(one, params)
 
 
+def complete(spec: Mapping[str, Any]) -> dict[str, int]:
+    """The embedding's widths that `None` stands for: the first, and the largest, of channel_mult."""
+    noise, emb = spec["channel_mult_noise"], spec["channel_mult_emb"]
+    return {"channel_mult_noise": spec["channel_mult"][0] if noise is None else noise,
+            "channel_mult_emb": max(spec["channel_mult"]) if emb is None else emb}
+
+
 def mp_silu(x: Array) -> Array:
     """Magnitude-preserving SiLU."""
     return nn.silu(x) / _SILU_MAGNITUDE
@@ -82,7 +91,7 @@ class MPFourier(nn.Module):
 
 
 class MPConv(nn.Module):
-    """Magnitude-preserving layer without bias, [..., in] -> [..., features]: a convolution of [B,H,W,in], or `kernel=0` a matrix."""
+    """Magnitude-preserving layer without bias: a convolution of [B,H,W,in], or with `kernel=0` a matrix on [B,in]."""
 
     features: int
     kernel: int = 0
@@ -157,8 +166,8 @@ class EDM2UNet(nn.Module):
       in_channels, out_channels: channels of input and output.
       label_dim: number of classes; 0 is unconditional.
       model_channels, channel_mult: width and its factor per resolution.
-      channel_mult_noise, channel_mult_emb: width of the Fourier features and of the embedding, over model_channels; None takes
-        the first, and the largest, of channel_mult.
+      channel_mult_noise, channel_mult_emb: width of the Fourier features and of the embedding, over model_channels; None is for
+        descriptions only (see `complete`).
       num_blocks: residual blocks per resolution.
       attn_resolutions, channels_per_head: resolutions that attend, and how wide a head is.
       label_balance, concat_balance, res_balance, attn_balance: weights t of the class against the noise embedding, the skip
@@ -215,10 +224,8 @@ class _Scope(nn.Module):
 
 
 def _unet(scope: nn.Module, net: EDM2UNet, x: Array, noise_labels: Array, class_labels: Array | None, keys: Key | None) -> Array:
-    mult_noise = net.channel_mult[0] if net.channel_mult_noise is None else net.channel_mult_noise
-    mult_emb = max(net.channel_mult) if net.channel_mult_emb is None else net.channel_mult_emb
-    emb_channels = net.model_channels * mult_emb
-    emb = MPFourier(net.model_channels * mult_noise, name="emb_fourier")(noise_labels)
+    emb_channels = net.model_channels * net.channel_mult_emb
+    emb = MPFourier(net.model_channels * net.channel_mult_noise, name="emb_fourier")(noise_labels)
     emb = MPConv(emb_channels, name="emb_noise")(emb)
     if net.label_dim:
         labels = MPConv(emb_channels, name="emb_label")(class_labels * math.sqrt(net.label_dim))
