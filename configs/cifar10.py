@@ -33,7 +33,8 @@ def get_config(arg=None):
                           model_channels=128, channel_mult=(2, 2, 2), num_blocks=4, attn_resolutions=(16,), dropout=0.13)
     if words["arch"] == "ve":
         config.network = common.replace(config.network, dict(
-            config.network.to_dict(), embedding_type="fourier", channel_mult_noise=2, encoder_type="residual", resample_filter=(1, 3, 3, 1)))
+            config.network.to_dict(), embedding_type="fourier", channel_mult_noise=2, encoder_type="residual",
+            resample_filter=(1, 3, 3, 1)))
     config.fake_score.augment_p = 0.12
     (_train_teacher if words["job"] == "teacher" else _distil)(config)
     if words["size"] == "tiny":

@@ -19,8 +19,8 @@ _CHOICES = {"precision": ("highest", "high", "default"), "run.features": ("digit
 _RANGES: tuple[tuple[tuple[str, ...], str, Callable[[float], bool]], ...] = (
     (("total_kimg", "batch_size", "generator.sigma_init", "fake_score.updates", "teacher.num_steps", "run.log_every", "run.probe_every",
       "run.sample_every", "run.save_every", "run.keep", "run.grid", "run.probe_images", "run.batch_per_device", "network.sigma_data",
-      "network.img_resolution", "network.img_channels", "network.model_channels", "network.num_blocks", "network.channel_mult_emb", "data.max_size",
-      "data.pad_to"),
+      "network.img_resolution", "network.img_channels", "network.model_channels", "network.num_blocks", "network.channel_mult_emb",
+      "data.max_size", "data.pad_to"),
      "above 0", lambda value: value > 0),
     (("max_batch_per_device", "ema.rampup", "run.eval_every", "run.eval_images", "run.data_threads", "network.label_dim",
       "network.augment_dim", "*.optimizer.final_fraction"), "0 or above", lambda value: value >= 0),

@@ -7,13 +7,13 @@ cut off.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 import io
 import json
 import math
+import zipfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
-import zipfile
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin

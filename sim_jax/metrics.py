@@ -7,10 +7,10 @@ gives it back as NaN). Nothing here imports JAX: an array is anything that numpy
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 import json
 import logging
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +106,7 @@ class MetricWriter:
             raise ValueError(f"workdir: got {str(workdir)!r}, allowed: a folder that can be written "
                              f"({error.strerror})") from error
         if tensorboard:
-            from tensorboardX import SummaryWriter          # here, because it takes a while to import
+            from tensorboardX import SummaryWriter  # here, because it takes a while to import
             first = start_step + 1 if start_step else 0
             self._board = SummaryWriter(str(workdir / BOARD_NAME), purge_step=first,
                                         filename_suffix=f".from{start_step}")

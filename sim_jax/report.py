@@ -13,10 +13,10 @@ listed.
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable, Mapping
 import html
 import json
 import math
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 

@@ -71,8 +71,8 @@ def run(args: argparse.Namespace) -> int:
 
     images.check_samples_path(args.out)
     cli.use_compilation_cache()
-    import jax.numpy as jnp
     import jax
+    import jax.numpy as jnp
     import numpy as np
 
     from sim_jax import sharding

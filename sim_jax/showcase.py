@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import pathlib
+import time
 from typing import Any
 
 import jax
 import numpy as np
 from PIL import Image
 
-from sim_jax import images, metrics as metric_files, optim, report
+from sim_jax import images, optim, report
+from sim_jax import metrics as metric_files
 from sim_jax.data import digits
 from sim_jax.evals import features, quality
 from sim_jax.evals.generate import ImageSampler, SamplerSpec
@@ -119,8 +121,6 @@ class Showcase:
         rows["real_halves"] = {"fd": None}  # promised in report.json, measured or not
         protocol: dict[str, Any] = {"ema": self._ema, "seed": _EVAL_SEED}
         if self._features is not None and config.run.eval_images:
-            import time
-
             begin = time.monotonic()
             measured = {role: self._quality(sampler, params, config.run.eval_images)}
             if experiment.distils:
@@ -129,9 +129,9 @@ class Showcase:
                 rows[name] |= {key: figures[key] for key in _FIGURES}
             real = digits.load()
             rows["real_halves"]["fd"] = quality.real_halves_fd(real.images, real.labels, features=self._features)
-            protocol |= {key: measured[role][key] for key in ("count", "reference_count", "reference", "features", "label_scheme",
-                                                              "noise_floor")}
-            protocol["sampler"] = f"{config.teacher.sampler}, {config.teacher.num_steps} steps" if experiment.distils else sampler.spec.sampler
+            keys = ("count", "reference_count", "reference", "features", "label_scheme", "noise_floor")
+            protocol |= {key: measured[role][key] for key in keys}
+            protocol["teacher_sampler"] = f"{config.teacher.sampler}, {config.teacher.num_steps} steps"
             seconds += time.monotonic() - begin
         pixels, _ = sampler(params, seed=_GRID_SEED, count=len(self._classes), classes=self._classes)
         pictures = {role: self._grid(pixels)}

@@ -24,9 +24,9 @@ from sim_jax.data.labels import one_hot
 from sim_jax.diffusion import samplers
 from sim_jax.networks import Network
 from sim_jax.objectives.base import Nets, Objective
+from sim_jax.randomness import normal
 from sim_jax.sharding import Layout
 from sim_jax.state import DistillState, TrainState
-from sim_jax.randomness import normal
 from sim_jax.types import Array, Cond, Key, NoiseLevel, Params
 
 Metrics = dict[str, Array]

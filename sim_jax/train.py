@@ -21,7 +21,8 @@ import numpy as np
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
-from sim_jax import checkpoint, experiment as experiments, files, optim, probes, sharding, showcase, steps
+from sim_jax import checkpoint, files, optim, probes, sharding, showcase, steps
+from sim_jax import experiment as experiments
 from sim_jax.data import images as image_data
 from sim_jax.data import pipeline
 from sim_jax.experiment import Experiment

@@ -97,7 +97,8 @@ def resolve(path: str) -> pathlib.Path:
     name = path.removeprefix(_BUILTIN)
     shipped = sorted(p.parent.name for p in assets.glob(f"*/{_NETWORK}"))
     if name not in shipped:
-        raise ValueError(f"teacher.path: got {path!r}, allowed: {', '.join(_BUILTIN + s for s in shipped) or 'no builtin weights'}, or a path")
+        allowed = ", ".join(_BUILTIN + s for s in shipped) or "no builtin weights"
+        raise ValueError(f"teacher.path: got {path!r}, allowed: {allowed}, or a path")
     return assets / name
 
 

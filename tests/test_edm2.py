@@ -170,12 +170,11 @@ def test_magnitude_preserving_pieces():
 
 
 def test_magnitudes_at_initialisation():
-    """Every block of a fresh network works at magnitude one; the output's gain is zero, so D(x) = c_skip x."""
+    """With normal weights and zero gains every block works at magnitude one; `init` gives such weights, and zero output."""
     network = networks.build({**TINY, "img_resolution": 16, "model_channels": 32, "channel_mult": (1, 2), "label_dim": 10,
                               "channels_per_head": 32})
-    params = jit(network.init)(jax.random.key(3))
-    np.testing.assert_allclose(magnitudes(params), 1, atol=2e-4)
     rng = np.random.default_rng(4)
+    params = jax.tree.map(lambda p: np.float32(rng.standard_normal(p.shape) if p.shape else 0.0), network.shapes())
     x, sigma = rng.standard_normal((8, 16, 16, 4)).astype(np.float32), np.linspace(0.1, 3, 8, dtype=np.float32)
     class_labels = np.eye(10, dtype=np.float32)[:8]
 
@@ -192,6 +191,10 @@ def test_magnitudes_at_initialisation():
     assert len(blocks) == 11
     for name, value in {**blocks, "unet.emb_noise": outputs["unet.emb_noise"]}.items():
         assert 0.8 < value < 1.2, (name, value)
+    tiny = networks.build(TINY)
+    fresh = jit(tiny.init)(jax.random.key(3))
+    np.testing.assert_allclose(magnitudes(fresh), 1 - 1e-4, atol=1e-4)
+    assert not any(np.any(leaf) for name, leaf in param_table.flatten(fresh).items() if name.endswith("gain"))
 
 
 def _captured(seen):

@@ -111,7 +111,7 @@ def make_batches(source: Source, *, seed: int, batch_size: int, start_step: int 
     Raises:
       ValueError: a bad argument, at once; an unreadable image, from `next`.
     """
-    import grain   # here, as data-free runs should not wait for it
+    import grain  # here, as data-free runs should not wait for it
 
     if start_step < 0:
         raise ValueError(f"start_step: got {start_step}, allowed: 0 and above")

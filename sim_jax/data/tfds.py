@@ -58,7 +58,7 @@ def _prepare_command(dataset: str, data_dir: str | None) -> str:
 
 def _open_builder(dataset: str, data_dir: str | None):
     """The builder of a prepared data set: by name, or from the folder that holds its dataset_info.json."""
-    import tensorflow_datasets as tfds   # slow to import, and not needed by other sources
+    import tensorflow_datasets as tfds  # slow to import, and not needed by other sources
 
     if os.path.isfile(os.path.join(dataset, "dataset_info.json")):
         return tfds.builder_from_directory(dataset)

@@ -2,7 +2,8 @@
 
     D(x; sigma) = c_skip(sigma) x + c_out(sigma) F( c_in(sigma) x ; c_noise(sigma) )          (equation 7)
 
-Names, arguments and defaults are those of EDM's public code, and "Precond" EDM2's. All take x in variance-exploding form, x = x_0 + sigma n.
+Names, arguments and defaults are those of EDM's public code, and "Precond" EDM2's. All take x in
+variance-exploding form, x = x_0 + sigma n.
 """
 
 from __future__ import annotations

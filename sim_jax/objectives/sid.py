@@ -34,8 +34,7 @@ import math
 import jax.numpy as jnp
 
 from sim_jax.objectives import dsm, weights
-from sim_jax.objectives.base import (Nets, Objective, Published, check_number, denoise, diffuse,
-                                     prediction_metrics, sum_chw)
+from sim_jax.objectives.base import Nets, Objective, Published, check_number, denoise, diffuse, prediction_metrics, sum_chw
 from sim_jax.types import Array, Cond, NoiseLevel
 
 

@@ -40,8 +40,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from sim_jax.objectives import distances, dsm, weights
-from sim_jax.objectives.base import (Nets, Objective, Published, denoise, diffuse, expand, look_up,
-                                     prediction_metrics, score_scale, sum_chw)
+from sim_jax.objectives.base import Nets, Objective, Published, denoise, diffuse, expand, look_up, prediction_metrics, score_scale, sum_chw
 from sim_jax.types import Array, Cond, NoiseLevel
 
 SPACES = {"x0": lambda level: jnp.ones_like(level.sigma), "score": score_scale}
