@@ -146,8 +146,6 @@ def _loop(experiment: Experiment, state, teacher_params, first: int, clock: Cloc
             checkpoints.wait()
             bar.note(f"{signal.Signals(stopped).name}: saved step {done} of {total}; the same command resumes")
             return _EXIT_CODES[stopped], state
-    if first >= total:
-        show.samples(total, state)
     checkpoints.wait()
     return 0, state
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import pathlib
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import tiny
 
 from sim_jax import main, networks, weights
+from sim_jax.types import Cond
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 NETWORK = ("--config.network.model_channels=8", "--config.network.channel_mult=(1,)", "--config.network.attn_resolutions=()")
@@ -38,10 +42,32 @@ def train(config: str, workdir, *overrides: str) -> int:
     return main.main(command(config, workdir, *overrides))
 
 
+class PixelNetwork(networks.Network):
+    """A network with one hidden layer over all pixels in place of the described one: traced and compiled in a moment."""
+
+    def init(self, key):
+        pixels, labels = math.prod(self.image_shape), self.label_dim + self.augment_dim
+        shapes = {"enc": (pixels, 16), "map_label": (labels, 16), "dec": (16, pixels)}
+        keys = jax.random.split(key, len(shapes))
+        return {name: {"weight": jax.random.normal(k, shape) / shape[0] ** 0.5} for k, (name, shape) in zip(keys, shapes.items())}
+
+    def denoise(self, params, x, sigma, cond=Cond(), *, dropout_keys=None):
+        flat, s = x.reshape(x.shape[0], -1), sigma[:, None]
+        labels = [cond.class_labels, jnp.zeros((len(x), self.augment_dim)) if cond.augment_labels is None else cond.augment_labels]
+        hidden = jnp.tanh(flat / jnp.sqrt(s**2 + 0.25) @ params["enc"]["weight"] + jnp.concatenate(labels, 1) @ params["map_label"]["weight"])
+        if dropout_keys is not None:
+            hidden *= jax.vmap(lambda key: jax.random.bernoulli(key, 1 - self.spec["dropout"], (16,)))(dropout_keys)
+        return (flat * 0.25 / (s**2 + 0.25) + s * 0.5 / jnp.sqrt(s**2 + 0.25) * (hidden @ params["dec"]["weight"])).reshape(x.shape)
+
+
+def use_pixel_networks(monkeypatch) -> None:
+    """Every network built from now on is a PixelNetwork."""
+    build = networks.build
+    monkeypatch.setattr(networks, "build", lambda *args, **knobs: PixelNetwork(**vars(build(*args, **knobs))))
+
+
 def saved_state(workdir, step: int) -> dict[str, np.ndarray]:
     """Everything in a checkpoint, {path: array}."""
-    import jax
-
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         folder = pathlib.Path(workdir).absolute() / "checkpoints" / str(step) / "state"
         kinds = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), dict(reader.metadata(folder).item_metadata.tree))
