@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sim_jax import networks, param_table
+from sim_jax import param_table
 from sim_jax.convert import edm
 
 NAMES = ("adm_edm_cond", "adm_iddpm_cond", "song_ddpmpp_edm_cond_augment", "song_ddpmpp_edm_uncond", "song_ddpmpp_vp_cond",

@@ -160,3 +160,23 @@ def test_label_dropout():
     out = np.asarray(layers.drop_labels(labels, 0.1, keys))
     assert set(map(tuple, out)) == {(0, 0, 0), (1, 1, 1)} and out.mean() == pytest.approx(0.9, abs=0.03)
     np.testing.assert_array_equal(layers.drop_labels(labels[5:9], 0.1, keys[5:9]), out[5:9])
+
+
+def test_bias_of_the_attention_keys():
+    """It changes nothing, since softmax ignores what all logits share, so its gradient is exactly zero: rounding would become full
+    steps of Adam, different ones on every number of devices."""
+    block = layers.UNetBlock(8, num_heads=2)
+    x, emb = jax.random.normal(jax.random.key(0), (2, 4, 4, 8)), jax.random.normal(jax.random.key(1), (2, 5))
+    params = jax.tree.map(lambda p: p + 0.3 * jax.random.normal(jax.random.key(p.size), p.shape),
+                          nn.init(layers.UNetBlock.__call__, block)(jax.random.key(2), x, emb)["params"])
+    keys = np.arange(24) % 3 == 1
+
+    def out(bias):
+        return block.apply({"params": {**params, "qkv": {**params["qkv"], "bias": bias}}}, x, emb)
+
+    bias = params["qkv"]["bias"]
+    np.testing.assert_allclose(out(bias + 2.0 * keys), out(bias), atol=2e-5)
+    assert float(jnp.abs(out(bias + 2.0 * ~keys) - out(bias)).max()) > 0.1
+    gradient = jax.grad(lambda b: jnp.sum(jnp.sin(out(b))))(bias)
+    assert not np.any(gradient[keys])
+    assert np.all(gradient[~keys] != 0)

@@ -24,11 +24,8 @@ class Program:
     """A compiled SIM iteration of a U-Net on one layout, and what it did in three iterations."""
 
     def __init__(self, layout: str):
-        # eps: the attention key's bias has gradient zero in exact arithmetic; Adam would blow its rounding up to full steps.
-        import optax
         self.recipe, state, teacher, step = tiny.placed(
-            tiny.network(), batch_size=BATCH, optimizer=optim.make_optimizer(lr=1e-3, eps=1e-3),
-            **LAYOUTS[layout])
+            tiny.network(), batch_size=BATCH, optimizer=optim.make_optimizer(lr=1e-3), **LAYOUTS[layout])
         key = jax.random.key(7)
         self.shards = {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(state)}
         self.cut = [leaf for leaf in jax.tree.leaves(state.generator.params) if not leaf.is_fully_replicated]

@@ -112,7 +112,7 @@ class Conv2d(nn.Module):
     """2-D convolution with optional resampling, [B,H,W,in] -> [B,H',W',features]; `kernel=0` only resamples.
 
     `fused_down`: the padding of filter and kernel is applied once, before the kernel (NCSN++'s residual branch), which differs
-    from filtering first at the image's border.
+    from filtering first at the image's border. `still_bias` = (n, i): the biases of channels i, i + n, ... get no gradient.
     """
 
     features: int
@@ -121,6 +121,7 @@ class Conv2d(nn.Module):
     up: bool = False
     down: bool = False
     fused_down: bool = False
+    still_bias: tuple[int, int] | None = None
     resample_filter: tuple[float, ...] = (1, 1)
     init: Init = Init()
     dtype: jnp.dtype = jnp.float32
@@ -145,6 +146,9 @@ class Conv2d(nn.Module):
             x = downsample(x, self.resample_filter, pad=0)
         if self.bias:
             b = self.param("bias", _initializer(self.init.mode, *fans, self.init.bias), (self.features,))
+            if self.still_bias is not None:
+                every, which = self.still_bias
+                b = jnp.where(np.arange(self.features) % every == which, jax.lax.stop_gradient(b), b)
             x = x + b.astype(self.dtype)[None, None, None]
         return x
 
@@ -271,8 +275,9 @@ class UNetBlock(nn.Module):
     def _attend(self, x: Array) -> Array:
         b, height, width, c = x.shape
         h = GroupNorm(eps=self.eps, dtype=self.dtype, name="norm2")(x)
-        h = Conv2d(3 * c, 1, init=self.init_attn or self.init, dtype=self.dtype, name="qkv")(h)
-        # The checkpoint interleaves: output channel = (head, channel, one of q k v).
+        # The checkpoint interleaves: output channel = (head, channel, one of q k v). A bias of the keys adds the same to all logits of
+        # a query, which softmax ignores: its gradient is rounding, and Adam would make full steps of that.
+        h = Conv2d(3 * c, 1, init=self.init_attn or self.init, still_bias=(3, 1), dtype=self.dtype, name="qkv")(h)
         q, k, v = jnp.moveaxis(h.reshape(b, height * width, self.num_heads, c // self.num_heads, 3), -1, 0)
         h = attention(q, k, v).reshape(b, height, width, c)
         return Conv2d(c, 1, init=self.init_zero, dtype=self.dtype, name="proj")(h)
