@@ -18,7 +18,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 NETWORK = ("--config.network.model_channels=8", "--config.network.channel_mult=(1,)", "--config.network.attn_resolutions=()")
 SHORT = ("--config.batch_size=16", "--config.total_kimg=0.128", "--config.teacher.num_steps=3", "--config.run.log_every=1",
          "--config.run.probe_every=2", "--config.run.sample_every=4", "--config.run.eval_every=0", "--config.run.save_every=4",
-         "--config.ema.halflife_kimg=(2.0,)", "--config.run.grid=10", "--config.run.probe_images=8", "--config.run.eval_images=100", "--config.run.batch_per_device=16")
+         "--config.ema.halflife_kimg=(2.0,)", "--config.run.grid=10", "--config.run.probe_images=8", "--config.run.eval_images=100",
+         "--config.run.batch_per_device=16")
 TIMES = ("seconds", "images_per_second")
 
 
@@ -54,7 +55,8 @@ class PixelNetwork(networks.Network):
     def denoise(self, params, x, sigma, cond=Cond(), *, dropout_keys=None):
         flat, s = x.reshape(x.shape[0], -1), sigma[:, None]
         labels = [cond.class_labels, jnp.zeros((len(x), self.augment_dim)) if cond.augment_labels is None else cond.augment_labels]
-        hidden = jnp.tanh(flat / jnp.sqrt(s**2 + 0.25) @ params["enc"]["weight"] + jnp.concatenate(labels, 1) @ params["map_label"]["weight"])
+        hidden = flat / jnp.sqrt(s**2 + 0.25) @ params["enc"]["weight"] + jnp.concatenate(labels, 1) @ params["map_label"]["weight"]
+        hidden = jnp.tanh(hidden)
         if dropout_keys is not None:
             hidden *= jax.vmap(lambda key: jax.random.bernoulli(key, 1 - self.spec["dropout"], (16,)))(dropout_keys)
         return (flat * 0.25 / (s**2 + 0.25) + s * 0.5 / jnp.sqrt(s**2 + 0.25) * (hidden @ params["dec"]["weight"])).reshape(x.shape)

@@ -158,9 +158,10 @@ def test_length_and_run_section_may_change_and_nothing_else(uninterrupted, overr
 
 
 def _start(workdir, *overrides) -> subprocess.Popen:
-    code = "import jax, sys; jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0); from sim_jax import main; sys.exit(main.main())"
-    return subprocess.Popen([sys.executable, "-c", code, *runs.command("digits.py", workdir, *overrides)[1:]], cwd=runs.ROOT,
-                            env={**os.environ, "PYTHONPATH": str(runs.ROOT), "XLA_FLAGS": "", "JAX_NUM_CPU_DEVICES": "1"}, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    code = "import sys, pytest, runs; from sim_jax import main; runs.use_pixel_networks(pytest.MonkeyPatch()); sys.exit(main.main())"
+    env = {**os.environ, "PYTHONPATH": f"{runs.ROOT}:{runs.ROOT / 'tests'}", "XLA_FLAGS": "", "JAX_NUM_CPU_DEVICES": "1"}
+    return subprocess.Popen([sys.executable, "-c", code, *runs.command("digits.py", workdir, *overrides)[1:]], cwd=runs.ROOT, env=env,
+                            stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
 
 
 def _stopped(workdir, *overrides, after: int, number: int) -> str:
@@ -178,20 +179,19 @@ def _stopped(workdir, *overrides, after: int, number: int) -> str:
 
 @pytest.mark.slow
 def test_killed_in_every_way_at_any_moment(tmp_path):
-    """Processes of their own with a real network: SIGTERM, SIGKILL and SIGINT, each at any step of its part, then to the end."""
-    steps = 160
-    overrides = (*RANDOM, "--config.teacher.path=random:3", f"--config.total_kimg={steps * 16 / 1000}", "--config.run.save_every=10", "--config.max_batch_per_device=8",
-                 "--config.run.sample_every=50", "--config.run.probe_every=50")
+    """Processes of their own: SIGTERM, SIGKILL and SIGINT, each at any step of its part of the run, then to the end."""
+    steps = 1600
+    overrides = (*RANDOM, "--config.teacher.path=random:3", f"--config.total_kimg={steps * 16 / 1000}", "--config.max_batch_per_device=8",
+                 "--config.run.save_every=25", "--config.run.sample_every=400", "--config.run.probe_every=400")
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert _start(whole, *overrides).wait(timeout=600) == 0
-    error = _stopped(cut, *overrides, after=random.randrange(5, 30), number=signal.SIGTERM)
+    error = _stopped(cut, *overrides, after=random.randrange(1, 300), number=signal.SIGTERM)
     assert "SIGTERM: saved step" in error
-    error = _stopped(cut, *overrides, after=random.randrange(45, 75), number=signal.SIGKILL)
+    error = _stopped(cut, *overrides, after=random.randrange(450, 700), number=signal.SIGKILL)
     assert "resuming at step" in error
-    error = _stopped(cut, *overrides, after=random.randrange(90, 120), number=signal.SIGINT)
+    error = _stopped(cut, *overrides, after=random.randrange(850, 1100), number=signal.SIGINT)
     assert "resuming at step" in error and "SIGINT: saved step" in error
-    last = _start(cut, *overrides)
-    assert last.wait(timeout=300) == 0
+    assert _start(cut, *overrides).wait(timeout=600) == 0
     _assert_same_end(cut, whole, steps)
     assert not list((cut / "checkpoints").glob("*tmp*"))
 
