@@ -35,7 +35,7 @@ setup(
     extras_require={
         "tf": ["tensorflow-cpu>=2.17"],
         "convert": [],  # nothing more: checkpoints of PyTorch are read without it
-        "test": ["pytest>=8", "pytest-xdist>=3.5", "scipy>=1.11"],
+        "test": ["pytest>=8", "pytest-xdist>=3.5", "scipy>=1.11", "scikit-learn>=1.4"],
         "notebook": ["jupyterlab>=4"],
     },
 )

@@ -157,8 +157,6 @@ def test_real_images_train_a_teacher(shared_dir, tmp_path):
 def test_the_shipped_teacher_is_the_one_that_the_quick_start_asks_for():
     from sim_jax import main, networks
 
-    if not (runs.ROOT / "sim_jax" / "assets" / "digits").is_dir():
-        pytest.skip("no weights under sim_jax/assets/digits yet")
     config = main._load_config(str(runs.ROOT / "configs" / "digits.py"))
     loaded = load.load("builtin:digits")
     assert config.teacher.path == "builtin:digits"
