@@ -2,7 +2,7 @@
 
 Paper:     Score Implicit Matching, arXiv 2410.16794, which has no digits: every value here is ours, tuned for minutes on a CPU.
 Command:   python -m sim_jax.main --config=configs/digits.py --workdir=runs/digits
-Hardware:  2 CPU cores, no download, 5 to 6 minutes [measured: 321 s on an AMD EPYC].
+Hardware:  2 CPU cores, no download, 5 to 6 minutes [measured: 297 s on an AMD EPYC].
 Published: nothing to compare with. Ours, measured: Frechet distance 0.169 in 1 call, the teacher 0.138 in 35 (README).
 Words:     sim (default), sid (SiD, arXiv 2404.04057) or diff_instruct (Diff-Instruct, arXiv 2305.18455), each with its own knobs of the
            loss and all else SIM's; full (default) or tiny (seconds, to see that everything runs).
