@@ -11,7 +11,7 @@ import pytest
 
 from sim_jax import param_table
 from sim_jax.convert import edm
-from sim_jax.objectives import diff_instruct, dsm, sid, sim
+from sim_jax.objectives import diff_instruct, dmd2, dsm, sid, sim
 from sim_jax.objectives.base import Nets
 from sim_jax.types import Cond, NoiseLevel
 
@@ -72,6 +72,8 @@ def check_generator(data, pair_loss, sigma, name, scale=1.0, **knobs):
     (_, loss), gradient = jax.jit(jax.value_and_grad(total, has_aux=True))(x0, real_params, fake_params)
     # the elements have both signs: what rounding leaves of their sum is relative to the sum of their sizes
     elements = data[f"{name}/loss"]
+    if not elements.ndim:
+        elements, loss = elements[None, None, None, None], jnp.sum(loss)[None]
     assert np.all(np.abs(loss - per_sample(elements)) < TOLERANCE * per_sample(np.abs(elements)))
     for ours, theirs in zip(gradient, nhwc(data[f"{name}/grad_x0"])):
         assert jnp.linalg.norm((ours - theirs).ravel()) < TOLERANCE * jnp.linalg.norm(theirs.ravel())
@@ -114,6 +116,13 @@ def test_sid(data, alpha):
 
 def test_diff_instruct(data):
     check_generator(data, diff_instruct.pair_loss, sigma_of_normal(data), "diff_instruct")
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-6])
+def test_dmd2(data, eps):
+    """The mean over elements and batch; the normaliser with FastGen's eps differs by less than the tolerance."""
+    sigma = data["dmd2/karras_sigmas"][data["dmd2/timestep_index"].ravel()]
+    check_generator(data, dmd2.pair_loss, sigma, "dmd2_dm", scale=1 / len(sigma), normaliser_eps=eps)
 
 
 def test_sid_fake_score(data):

@@ -71,6 +71,17 @@ def denoiser(mixture):
     return apply
 
 
+def discriminator(teacher, generated):
+    """The exact logit log q(x; s) - log p(x; s) of two mixtures in variance-exploding form, [B,1] on [B,1,1,1]."""
+    def apply(x, s, cond):
+        def at(mixture):
+            return jax.vmap(functools.partial(log_density, mixture, 1.0))(s, x[:, 0, 0, 0])
+
+        return (at(teacher) - at(generated))[:, None]
+
+    return apply
+
+
 def log_density(mixture, alpha, sigma, x):
     """log p_t(x) of the noised mixture at a scalar x."""
     weights, means, variances = mixture
@@ -105,7 +116,7 @@ def true_divergence(theta, source, teacher, radial, space="score", sigma_power=0
 def expectation(theta, source, teacher, cut=(), levels=LEVELS, pair_loss=sim.pair_loss, **knobs):
     """sum over levels of E_{z, noise} of a generator's loss as a function of theta, all nodes as one batch.
 
-    The fake score is exact and constant; `cut` names the networks whose input gradient is stopped.
+    The fake score and the discriminator are exact and constant; `cut` names the networks whose input gradient is stopped.
     """
     z, z_step = grid(7.5, 0.15)
     noise, noise_step = grid(8.0, 0.16)
@@ -115,7 +126,8 @@ def expectation(theta, source, teacher, cut=(), levels=LEVELS, pair_loss=sim.pai
     z_all, noise_all = (np.tile(part.ravel(), len(levels)) for part in np.meshgrid(z, noise, indexing="ij"))
     alpha, sigma = (jnp.repeat(jnp.asarray(part), count) for part in zip(*levels))
     x0 = (theta[0] * jnp.asarray(z_all) + theta[1])[:, None, None, None]
-    nets = Nets(teacher=denoiser(teacher), fake=denoiser(pushforward(source, stop(theta))))
+    generated = pushforward(source, stop(theta))
+    nets = Nets(teacher=denoiser(teacher), fake=denoiser(generated), discriminate=discriminator(teacher, generated))
     nets = stop_inputs(nets, cut)
     noise_all = jnp.asarray(noise_all)[:, None, None, None]
     loss, _ = pair_loss(nets, x0, noise_all, NoiseLevel(sigma, alpha, sigma), None, **knobs)

@@ -28,9 +28,13 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from sim_jax.types import Array, Cond, DenoiseFn, NoiseLevel
+
+# (x_t [B,H,W,C], sigma [B], cond) -> logits [B,L] float32, the arguments of a DenoiseFn; > 0 says "real"
+DiscriminateFn = Callable[[Array, Array, Cond | None], Array]
 
 
 class Nets(NamedTuple):
@@ -40,16 +44,19 @@ class Nets(NamedTuple):
       generate: z -> x0, for the objectives that call the generator again.
       teacher: the frozen teacher's denoiser D_real.
       fake: the online denoiser D_fake of the generator's distribution; for `dsm` the network that is trained.
-      discriminate: the discriminator's logits.
+      discriminate: the discriminator's logits; exp of their mean estimates p_real(x_t) / p_generated(x_t).
+      memory: what the objective carries from one iteration to the next, constant in the loss.
     """
 
     generate: Callable[..., Array] | None = None
     teacher: DenoiseFn | None = None
     fake: DenoiseFn | None = None
-    discriminate: Callable[..., Array] | None = None
+    discriminate: DiscriminateFn | None = None
+    memory: Any = None
 
 
-# (nets, x0 [B,H,W,C], noise [B,H,W,C], level [B], cond, *, knobs) -> (loss [B], metrics {name: [B]})
+# (nets, x0 [B,H,W,C], noise [B,H,W,C], level [B], cond, *, knobs) -> (loss [B], metrics {name: [B]});
+# a metric named "memory/X", [B] or [B,K], is for `Objective.update_memory` and not for logs
 PairLoss = Callable[..., tuple[Array, dict[str, Array]]]
 
 
@@ -58,7 +65,8 @@ class Published(NamedTuple):
 
     Attributes:
       value: the value.
-      source: "repo" or "paper" (read there), "recalled" (unconfirmed), "inferred" (a judgement) or "ours".
+      source: "repo" or "paper" (read there), "recalled" (unconfirmed), "derived" (algebra from what was read),
+        "inferred" (a judgement) or "ours".
       note: what it holds for.
     """
 
@@ -76,8 +84,11 @@ class Objective:
       pair_loss: loss of the network being distilled, `(nets, x0, noise, level, cond) -> (loss [B], metrics)`.
       critic_loss: same signature, trains `nets.fake` on generated x0; `None` where there is no critic.
       critic_steps: updates of the critic before each update of the generator.
-      needs: which of "teacher", "fake", "discriminator", "data" the method cannot do without.
+      needs: which of "teacher", "fake", "discriminator", "data", "pairs" the method cannot do without.
       published: settings of the method's own experiments, each with its provenance.
+      init_memory: `(*, knobs) -> memory`, the first `Nets.memory`; `None` where the method carries nothing.
+      update_memory: `(memory, means, *, knobs) -> memory` after an iteration; means[X] is the mean of the
+        metric "memory/X" over the whole batch, micro-batches and devices included.
     """
 
     name: str
@@ -86,6 +97,8 @@ class Objective:
     critic_steps: int
     needs: frozenset[str]
     published: Mapping[str, Published] = field(default_factory=dict)
+    init_memory: Callable[..., Any] | None = None
+    update_memory: Callable[..., Any] | None = None
 
 
 def expand(per_sample: Array, like: Array) -> Array:
@@ -103,6 +116,9 @@ def mean_chw(x: Array) -> Array:
     return jnp.mean(x, axis=tuple(range(1, x.ndim)))
 
 
+REDUCTIONS: dict[str, Callable[[Array], Array]] = {"sum": sum_chw, "mean": mean_chw}
+
+
 def diffuse(x0: Array, noise: Array, level: NoiseLevel) -> Array:
     """A sample of q_t(x_t | x0): alpha * x0 + sigma * noise, [B,H,W,C]; differentiable in x0."""
     return expand(level.alpha, x0) * x0 + expand(level.sigma, x0) * noise
@@ -113,9 +129,28 @@ def denoise(fn: DenoiseFn, x_t: Array, level: NoiseLevel, cond: Cond | None) -> 
     return fn(x_t / expand(level.alpha, x_t), level.sigma / level.alpha, cond)
 
 
+def logits(fn: DiscriminateFn, x_t: Array, level: NoiseLevel, cond: Cond | None) -> Array:
+    """The logits of `fn` at x_t of any forward process, [B,L]: a discriminator takes what a denoiser takes."""
+    return denoise(fn, x_t, level, cond)
+
+
 def score_scale(level: NoiseLevel) -> Array:
     """alpha / sigma^2, [B]: turns a difference of x0-predictions into the difference of the scores."""
     return level.alpha / jnp.square(level.sigma)
+
+
+def pseudo_target_loss(x0: Array, gradient: Array, *, reduction: str) -> Array:
+    """0.5 ||x0 - sg[x0 - gradient]||^2, [B]: its derivative by x0 is `gradient`, over CHW where the mean is taken.
+
+    The form in which distribution matching is written (DMD, variational score distillation). Its value,
+    0.5 ||gradient||^2, is not what descends. x0 - sg[x0] is subtracted first, so that rounding at the size of
+    x0 does not reach a small gradient.
+
+    Raises:
+      ValueError: reduction is not a row of `REDUCTIONS`.
+    """
+    reduce = look_up("reduction", REDUCTIONS, reduction)
+    return 0.5 * reduce(jnp.square(x0 - jax.lax.stop_gradient(x0) + jax.lax.stop_gradient(gradient)))
 
 
 def prediction_metrics(fake: Array, real: Array, x0: Array) -> dict[str, Array]:
@@ -152,13 +187,13 @@ def knobs_of(fn: Callable[..., Any]) -> list[str]:
     return [p.name for p in inspect.signature(fn).parameters.values() if p.kind is p.KEYWORD_ONLY]
 
 
-def check_knobs(owner: str, fn: Callable[..., Any], knobs: Mapping[str, Any]) -> None:
-    """Refuses knobs that `fn` does not take.
+def check_knobs(owner: str, knobs: Iterable[str], allowed: Iterable[str]) -> None:
+    """Refuses knobs that `owner` does not have.
 
     Raises:
-      ValueError: naming the first such knob and the knobs that `owner` has.
+      ValueError: naming the first such knob and those that are allowed.
     """
-    allowed = knobs_of(fn)
+    allowed = list(allowed)
     for knob in knobs:
         if knob not in allowed:
             raise unknown(f"knob of {owner}", knob, allowed)

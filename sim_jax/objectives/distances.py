@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from sim_jax.objectives.base import check_knobs, check_number, expand, look_up, sum_chw
+from sim_jax.objectives.base import check_knobs, check_number, expand, knobs_of, look_up, sum_chw
 from sim_jax.types import Array
 
 
@@ -94,5 +94,5 @@ def get(name: str, **knobs: float | None) -> Distance:
     """
     make = look_up("distance", TABLE, name)
     given = {key: value for key, value in knobs.items() if value is not None}
-    check_knobs(f"distance {name!r}", make, given)
+    check_knobs(f"distance {name!r}", given, knobs_of(make))
     return make(**given)

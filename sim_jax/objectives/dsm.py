@@ -18,10 +18,8 @@ import jax
 import jax.numpy as jnp
 
 from sim_jax.objectives import weights
-from sim_jax.objectives.base import Nets, Objective, Published, denoise, diffuse, look_up, mean_chw, sum_chw
+from sim_jax.objectives.base import REDUCTIONS, Nets, Objective, Published, denoise, diffuse, look_up, mean_chw
 from sim_jax.types import Array, Cond, NoiseLevel
-
-REDUCTIONS = {"sum": sum_chw, "mean": mean_chw}
 
 
 def pair_loss(

@@ -57,8 +57,8 @@ def pair_loss(
       taken off. weighting: omega(t), a row of `weights.GENERATOR`; sigma_power is the knob of "paper".
 
     Returns:
-      loss [B], summed over the sample's elements; metrics [B]: `divergence` omega ||D_real - D_fake||^2 and
-      those of `base.prediction_metrics`.
+      loss [B], summed over the sample's elements; metrics [B]: `weight` omega, `divergence` omega ||D_real -
+      D_fake||^2 and those of `base.prediction_metrics`.
 
     Raises:
       ValueError: alpha not a finite number, unknown weighting or a knob that it does not have.
@@ -71,7 +71,8 @@ def pair_loss(
     real = denoise(nets.teacher, x_t, level, cond)
     w = weight(level, x0, real)
     loss = w * sum_chw((real - fake) * ((real - x0) - alpha * (real - fake)))
-    return loss, {"divergence": w * sum_chw(jnp.square(real - fake)), **prediction_metrics(fake, real, x0)}
+    divergence = w * sum_chw(jnp.square(real - fake))
+    return loss, {"weight": w, "divergence": divergence, **prediction_metrics(fake, real, x0)}
 
 
 OBJECTIVE = Objective(

@@ -9,6 +9,11 @@ Of a generator's loss (`GENERATOR`), w [B] from (level, x0, D_real):
             https://arxiv.org/abs/2404.04057 [repo: mingyuanzhou/SiD, training/sid_loss.py]. It depends
             on the sample and its own gradient is stopped, so the loss is no longer the exact gradient of a
             divergence: a normaliser that works, not a theorem.
+    dmd     w = 1 / sg[ mean_CHW |x0 - D_real| + normaliser_eps ], the same idea in DMD and DMD2,
+            https://arxiv.org/abs/2405.14867 [repo: tianweiy/DMD2, main/edm/edm_guidance.py], the 1e-6
+            FastGen's [repo: NVlabs/FastGen, fastgen/methods/common_loss.py]. DMD2's own code adds nothing and
+            passes the quotient through nan_to_num, which makes 0 / 0 zero but x / 0 3e38; here, with
+            normaliser_eps = 0, w is zero where the mean is.
 
 Of denoising score matching (`DENOISING`), lambda(s) on the squared error of the x0-prediction:
 
@@ -28,7 +33,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from sim_jax.objectives.base import check_knobs, check_number, look_up, mean_chw
+from sim_jax.objectives.base import check_knobs, check_number, knobs_of, look_up, mean_chw
 from sim_jax.types import Array, NoiseLevel
 
 # (level, x0 [B,H,W,C], D_real [B,H,W,C]) -> w [B]
@@ -54,7 +59,18 @@ def sid() -> GeneratorWeight:
     return weight
 
 
-GENERATOR: dict[str, Callable[..., GeneratorWeight]] = {"none": none, "paper": paper, "sid": sid}
+def dmd(*, normaliser_eps: float = 1e-6) -> GeneratorWeight:
+    """One over the detached mean absolute error of the teacher's prediction plus normaliser_eps, per sample."""
+    check_number("normaliser_eps", normaliser_eps, "0 <= normaliser_eps < inf", lambda v: 0 <= v < math.inf)
+
+    def weight(level: NoiseLevel, x0: Array, real: Array) -> Array:
+        error = jax.lax.stop_gradient(mean_chw(jnp.abs(x0 - real))) + normaliser_eps
+        return jnp.where(error > 0, 1.0 / jnp.where(error > 0, error, 1.0), 0.0)
+
+    return weight
+
+
+GENERATOR: dict[str, Callable[..., GeneratorWeight]] = {"none": none, "paper": paper, "sid": sid, "dmd": dmd}
 
 # (s [B], sigma_data) -> lambda [B]
 DENOISING: dict[str, Callable[[Array, float], Array]] = {
@@ -73,7 +89,7 @@ def get(name: str, **knobs: float | None) -> GeneratorWeight:
     """
     make = look_up("weighting", GENERATOR, name)
     given = {key: value for key, value in knobs.items() if value is not None}
-    check_knobs(f"weighting {name!r}", make, given)
+    check_knobs(f"weighting {name!r}", given, knobs_of(make))
     return make(**given)
 
 
