@@ -13,21 +13,22 @@ import dataclasses
 import difflib
 import math
 import numbers
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from sim_jax.diffusion import preconditioners
-from sim_jax.models import edm2
+from sim_jax.models import edm2, gaussian_mixture
 from sim_jax.models.adm import DhariwalUNet
+from sim_jax.models.mlp import MLP
 from sim_jax.models.song_unet import SongUNet
 from sim_jax.types import Array, Cond, DenoiseFn, Key, Params
 
 
 class Family(NamedTuple):
-    """What one public code base offers: preconditioners and the raw networks that they take.
+    """What one public code base offers, or we do: preconditioners and the raw networks that they take.
 
     Attributes:
       preconds, models: by class name; the first of each is the default.
@@ -35,6 +36,7 @@ class Family(NamedTuple):
       prefix: of names in a state dict, in front of the tree's: the attribute under which the preconditioner keeps the network.
       complete: of a checked description, the arguments whose defaults follow from others.
       project: parameters -> parameters, onto the set that training keeps them in.
+      dtypes: what the raw networks can compute in.
     """
 
     preconds: tuple[str, ...]
@@ -43,13 +45,16 @@ class Family(NamedTuple):
     prefix: str = ""
     complete: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda spec: {}
     project: Callable[[Params], Params] = lambda params: params
+    dtypes: tuple[str, ...] = ("float32", "bfloat16")
 
 
 _FAMILIES = (
-    Family(("EDMPrecond", "VPPrecond", "VEPrecond", "iDDPMPrecond"), {"DhariwalUNet": DhariwalUNet, "SongUNet": SongUNet},
-           {"img_channels": 3, "use_fp16": False}, prefix="model."),
+    Family(("EDMPrecond", "VPPrecond", "VEPrecond", "iDDPMPrecond"),
+           {"DhariwalUNet": DhariwalUNet, "SongUNet": SongUNet, "MLP": MLP}, {"img_channels": 3, "use_fp16": False}, prefix="model."),
     Family(("Precond",), {"EDM2UNet": edm2.EDM2UNet}, {"img_channels": 3, "use_fp16": True}, complete=edm2.complete,
            project=edm2.project),
+    Family(("Analytic",), {"GaussianMixture": gaussian_mixture.GaussianMixture}, {"img_channels": 3}, prefix="model.",
+           complete=gaussian_mixture.complete, dtypes=("float32",)),
 )
 _OURS = ("in_channels", "out_channels", "dtype", "remat", "parent", "name")  # module fields that a description does not set
 _CHOICES = {
@@ -59,7 +64,8 @@ _CHOICES = {
 }
 _FRACTIONS = ("label_balance", "concat_balance", "res_balance", "attn_balance")
 _SMALLEST = {"img_resolution": 1, "img_channels": 1, "label_dim": 0, "augment_dim": 0, "model_channels": 4, "channel_mult_emb": 1,
-             "channel_mult_noise": 1, "num_blocks": 1, "channels_per_head": 1, "logvar_channels": 1}
+             "channel_mult_noise": 1, "num_blocks": 1, "channels_per_head": 1, "logvar_channels": 1, "num_components": 1, "rank": 0,
+             "input_frequencies": 0}
 _BUFFERS = ("freqs", "phases")  # leaves of the tree that are not trained
 # What does not change the function that a network computes at evaluation, so two descriptions may differ in it. The limits on
 # sigma are where samplers stop; some checkpoints set them and some do not.
@@ -123,15 +129,42 @@ class Network:
           dropout_keys: [B] keys to train with dropout; None evaluates.
         Returns: [B,H,W,C] float32.
         """
-        x, sigma = x.astype(jnp.float32), sigma.astype(jnp.float32)
-        c_skip, c_out, c_in, c_noise = (c if c.ndim == 1 else c.reshape(-1) for c in self.precond.coefficients(sigma))
+        raw = self._raw(params, x, sigma, cond, dropout_keys)[..., : x.shape[-1]].astype(jnp.float32)
+        c_skip, c_out = (c.reshape(-1, 1, 1, 1) for c in self.precond.coefficients(sigma.astype(jnp.float32))[:2])
+        return c_skip * x.astype(jnp.float32) + c_out * raw
+
+    def features(self, params: Params, x: Array, sigma: Array, cond: Cond = Cond(), *, resolutions: Sequence[int] = (),
+                 dropout_keys: Key | None = None) -> list[Array]:
+        """What the encoder hands to the decoder: the output of its last block at each of `resolutions`. The decoder is not computed.
+
+        Args:
+          params, x, sigma, cond, dropout_keys: as in `denoise`; the same ones in the same jit share the encoder with it.
+          resolutions: of the maps, in the order wanted; () is the lowest alone.
+        Returns: [B,r,r,C] float32 for each resolution r.
+        Raises: ValueError for resolutions that the encoder does not have.
+        """
+        wanted = [r for r, _, _ in self.feature_shapes(resolutions)]
+        maps = self._raw(params, x, sigma, cond, dropout_keys, encode_only=True)
+        found = dict(zip(self.module.feature_channels, maps, strict=True))
+        return [found[r].astype(jnp.float32) for r in wanted]
+
+    def feature_shapes(self, resolutions: Sequence[int] = ()) -> list[tuple[int, int, int]]:
+        """The shapes (r, r, C) of one sample's `features`. Raises: ValueError as there."""
+        channels = getattr(self.module, "feature_channels", {})
+        wanted = tuple(resolutions) or tuple(channels)[-1:]
+        if not wanted or len(set(wanted)) < len(wanted) or not set(wanted) <= channels.keys():
+            allowed = f"different ones of {', '.join(map(str, channels))}" if channels else f"none with {self.spec['model_type']}"
+            raise ValueError(f"gan.resolutions: got {tuple(resolutions)}, allowed: {allowed}")
+        return [(r, r, channels[r]) for r in wanted]
+
+    def _raw(self, params: Params, x: Array, sigma: Array, cond: Cond, dropout_keys: Key | None, **how: bool) -> Any:
+        """F(c_in x; c_noise)."""
+        _, _, c_in, c_noise = self.precond.coefficients(sigma.astype(jnp.float32))
+        x = (c_in.reshape(-1, 1, 1, 1) * x.astype(jnp.float32)).astype(self.dtype)
         batch = x.shape[0]
         labels = jnp.zeros((batch, self.label_dim)) if cond.class_labels is None else cond.class_labels
         augment = jnp.zeros((batch, self.augment_dim)) if cond.augment_labels is None else cond.augment_labels
-        raw = self.module.apply(
-            {"params": params}, (c_in[:, None, None, None] * x).astype(self.dtype), c_noise, labels, augment, dropout_keys)
-        raw = raw[..., : x.shape[-1]].astype(jnp.float32)
-        return c_skip[:, None, None, None] * x + c_out[:, None, None, None] * raw
+        return self.module.apply({"params": params}, x, c_noise.reshape(-1), labels, augment, dropout_keys, **how)
 
     def bind(self, params: Params, *, dropout_keys: Key | None = None) -> DenoiseFn:
         """The DenoiseFn of these parameters."""
@@ -189,10 +222,6 @@ def full_spec(spec: Mapping[str, Any]) -> dict[str, Any]:
         if key in fields and not 0 <= out[key] <= 1:
             raise ValueError(f"network.{key}: got {out[key]!r}, allowed: from 0 to 1")
     _check_values(out)
-    deepest = 1 << (len(out["channel_mult"]) - 1)
-    if out["img_resolution"] % deepest:
-        raise ValueError(f"network.img_resolution: got {out['img_resolution']}, it must be a multiple of {deepest}, "
-                         f"since channel_mult has {len(out['channel_mult'])} resolutions")
     return out | family.complete(out)
 
 
@@ -212,8 +241,12 @@ def _check_values(spec: Mapping[str, Any]) -> None:
         if key in spec and not (isinstance(spec[key], numbers.Real) and 0 <= spec[key] < 1):
             refuse(key, "from 0 to 1 (exclusive)")
     for key, empty in (("channel_mult", False), ("attn_resolutions", True)):
-        if not isinstance(spec[key], tuple) or not all(whole(n, 1) for n in spec[key]) or not (spec[key] or empty):
+        if key in spec and (not isinstance(spec[key], tuple) or not all(whole(n, 1) for n in spec[key]) or not (spec[key] or empty)):
             refuse(key, "a list of whole numbers from 1")
+    deepest = 1 << (len(spec["channel_mult"]) - 1) if "channel_mult" in spec else 1
+    if spec["img_resolution"] % deepest:
+        raise ValueError(f"network.img_resolution: got {spec['img_resolution']}, it must be a multiple of {deepest}, "
+                         f"since channel_mult has {len(spec['channel_mult'])} resolutions")
     taps = spec["resample_filter"] if "resample_filter" in spec else (1, 1)
     if not isinstance(taps, tuple) or not taps or len(taps) % 2 or not sum(taps) > 0:
         refuse("resample_filter", "an even number of taps with a sum above 0, such as (1, 3, 3, 1)")
@@ -236,12 +269,12 @@ def build(spec: Mapping[str, Any], *, dtype: str = "float32", remat: bool = Fals
       dropout: replaces the description's dropout where given.
     Raises: ValueError for anything that the description should not hold.
     """
-    if dtype not in ("float32", "bfloat16"):
-        raise ValueError(f"dtype: got {dtype!r}, allowed: float32, bfloat16")
     spec = full_spec(spec if dropout is None else {**spec, "dropout": dropout})
+    family = family_of(spec)
+    if dtype not in family.dtypes:
+        raise ValueError(f"dtype: got {dtype!r}, allowed: {', '.join(family.dtypes)}")
     precond = preconditioners.make(
         spec["precond"], **{k: spec[k] for k in preconditioners.arguments(spec["precond"]) if k in spec})
-    family = family_of(spec)
     cls = family.models[spec["model_type"]]
     kwargs = {f.name: spec[f.name] for f in dataclasses.fields(cls) if f.name in spec}
     module = cls(in_channels=spec["img_channels"], out_channels=spec["img_channels"] * precond.out_factor,

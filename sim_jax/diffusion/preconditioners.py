@@ -2,8 +2,8 @@
 
     D(x; sigma) = c_skip(sigma) x + c_out(sigma) F( c_in(sigma) x ; c_noise(sigma) )          (equation 7)
 
-Names, arguments and defaults are those of EDM's public code, and "Precond" EDM2's. All take x in
-variance-exploding form, x = x_0 + sigma n.
+Names, arguments and defaults are those of EDM's public code, and "Precond" EDM2's; "Analytic" is for raw networks that are
+denoisers themselves. All take x in variance-exploding form, x = x_0 + sigma n.
 """
 
 from __future__ import annotations
@@ -111,12 +111,23 @@ def iddpm(*, C_1: float = 0.001, C_2: float = 0.008, M: int = 1000) -> Precondit
         round_sigma=lambda sigma: jnp.asarray(u)[index(jnp.asarray(sigma, jnp.float32))], tables=(("u", u),))
 
 
+def analytic() -> Preconditioner:
+    """None: the raw network takes (x, sigma) and is the denoiser."""
+
+    def coefficients(sigma: Array) -> Coefficients:
+        one = jnp.ones_like(sigma)
+        return Coefficients(jnp.zeros_like(sigma), one, one, sigma)
+
+    return Preconditioner(coefficients=coefficients, sigma_min=0.0, sigma_max=float("inf"))
+
+
 _TABLE: dict[str, Callable[..., Preconditioner]] = {
     "EDMPrecond": edm,
     "VPPrecond": vp,
     "VEPrecond": ve,
     "iDDPMPrecond": iddpm,
     "Precond": edm2,
+    "Analytic": analytic,
 }
 
 

@@ -1,4 +1,4 @@
-"""ODE and SDE samplers of a denoiser D(x; sigma) in variance-exploding form, and the one-step generator.
+"""ODE and SDE samplers of a denoiser D(x; sigma) in variance-exploding form, and generators of one or a few steps.
 
 The ODE is dx/dsigma = (x - D) / sigma:
   heun      EDM (arXiv 2206.00364), Algorithm 2; Algorithm 1 where S_churn = 0
@@ -27,9 +27,9 @@ loops very slowly.
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -56,7 +56,7 @@ class Row(NamedTuple):
     fresh_std: Array
 
 
-@dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Plan:
     """Everything of a sampler but the network: N steps, the last one to 0, as rows of [N] on the host."""
 
@@ -248,9 +248,44 @@ def sample(
     return run(make_step(denoise), z, cond, steps, keys=keys, loop=loop)
 
 
-def one_step(denoise: DenoiseFn, z: Array, cond: Cond, *, sigma_init: float) -> Array:
-    """The one-step generator x = D(sigma_init z; sigma_init) of unit noise z [B,H,W,C]."""
-    return denoise(sigma_init * z, jnp.full(z.shape[:1], sigma_init, z.dtype), cond)
+@dataclasses.dataclass(frozen=True)
+class FewStep:
+    """A generator of one or a few calls, with fresh noise n_k between them (consistency models' multistep sampling, DMD2's generators):
+
+        x_1 = sigma_1 z,    x0_k = D(x_k; sigma_k),    x_{k+1} = x0_k + sigma_{k+1} n_k,    the sample is the last x0_k
+
+    Attributes:
+      sigmas: falling noise levels, one a call; the first is the generator's sigma_init.
+      sigma_cond: what a one-step generator is told instead of sigma_1 (DMD2's SDXL says another time step than that of its input).
+    """
+
+    sigmas: tuple[float, ...] = (2.5,)
+    sigma_cond: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.sigmas or not all(0 < s < math.inf for s in self.sigmas) or any(b >= a for a, b in zip(self.sigmas, self.sigmas[1:])):
+            raise ValueError(f"sigmas: got {self.sigmas}, allowed: one or more falling noise levels above 0")
+        if self.sigma_cond is not None and (len(self.sigmas) > 1 or not 0 < self.sigma_cond < math.inf):
+            raise ValueError(f"sigma_cond: got {self.sigma_cond} with {len(self.sigmas)} steps, allowed: above 0, with one step")
+
+    def told(self, step: int) -> float:
+        """The noise level that the network is told in call `step` (from 0)."""
+        return self.sigmas[step] if self.sigma_cond is None else self.sigma_cond
+
+
+def few_step(denoise: DenoiseFn, z: Array, renoise: Sequence[Array], cond: Cond, *, plan: FewStep) -> Array:
+    """The sample of a few-step generator; one call where `plan` has one level.
+
+    Args:
+      denoise: the generator's network.
+      z: [B,H,W,C] unit noise.
+      renoise: unit noise of the same shape, one for each call after the first.
+      cond: of every call.
+    """
+    x0 = jnp.zeros_like(z)
+    for step, (sigma, noise) in enumerate(zip(plan.sigmas, (z, *renoise), strict=True)):
+        x0 = denoise(x0 + sigma * noise, jnp.full(z.shape[:1], plan.told(step), z.dtype), cond)
+    return x0
 
 
 def _noise(keys: Key, index: Array, x: Array) -> Array:

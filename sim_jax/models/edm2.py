@@ -202,14 +202,23 @@ class EDM2UNet(nn.Module):
     dtype: jnp.dtype = jnp.float32
     remat: bool = False
 
+    @property
+    def feature_channels(self) -> dict[int, int]:
+        """Channels of the encoder's map at each resolution, the highest first."""
+        return layers.feature_channels(self.img_resolution, self.model_channels, self.channel_mult)
+
     @nn.compact
     def __call__(self, x: Array, noise_labels: Array, class_labels: Array | None = None, augment_labels: Array | None = None,
-                 dropout_keys: Key | None = None, *, return_logvar: bool = False) -> Array | tuple[Array, Array]:
+                 dropout_keys: Key | None = None, *, return_logvar: bool = False,
+                 encode_only: bool = False) -> Array | tuple[Array, Array] | list[Array]:
         """Shapes: x [B,H,W,C]; noise_labels [B]; class_labels [B,label_dim]; keys [B]. `augment_labels` has no effect.
 
-        Returns: [B,H,W,out_channels], and with `return_logvar` also the loss's log variance u(sigma) [B] (equation 21).
+        Returns: [B,H,W,out_channels], and with `return_logvar` also the loss's log variance u(sigma) [B] (equation 21); with
+        `encode_only` the output of the encoder's last block at each resolution, the highest first, and nothing else is computed.
         """
-        out = _Scope(name="unet")(_unet, self, x, noise_labels, class_labels, dropout_keys)
+        out = _Scope(name="unet")(_unet, self, x, noise_labels, class_labels, dropout_keys, encode_only)
+        if encode_only:
+            return out
         features = MPFourier(self.logvar_channels, name="logvar_fourier")(noise_labels)
         logvar = MPConv(1, name="logvar_linear")(features)[:, 0]
         return (out, logvar) if return_logvar else out
@@ -223,7 +232,8 @@ class _Scope(nn.Module):
         return fn(self, *args)
 
 
-def _unet(scope: nn.Module, net: EDM2UNet, x: Array, noise_labels: Array, class_labels: Array | None, keys: Key | None) -> Array:
+def _unet(scope: nn.Module, net: EDM2UNet, x: Array, noise_labels: Array, class_labels: Array | None, keys: Key | None,
+          encode_only: bool) -> Array | list[Array]:
     emb_channels = net.model_channels * net.channel_mult_emb
     emb = MPFourier(net.model_channels * net.channel_mult_noise, name="emb_fourier")(noise_labels)
     emb = MPConv(emb_channels, name="emb_noise")(emb)
@@ -235,6 +245,8 @@ def _unet(scope: nn.Module, net: EDM2UNet, x: Array, noise_labels: Array, class_
     x = x.astype(net.dtype)
     x = jnp.concatenate([x, jnp.ones_like(x[..., :1])], axis=-1)  # stands for biases
     x, skips = layers.Scope(name="enc")(_encode, net, x, emb, keys)
+    if encode_only:
+        return skips[net.num_blocks :: net.num_blocks + 1]
     x = layers.Scope(name="dec")(_decode, net, x, skips, emb, keys)
     return MPConv(net.out_channels, 3, name="out_conv")(x, scope.param("out_gain", nn.initializers.zeros, ()))
 

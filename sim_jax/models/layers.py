@@ -46,20 +46,21 @@ def _initializer(mode: str, fan_in: int, fan_out: int, scale: float) -> Callable
 
 
 class Linear(nn.Module):
-    """Fully connected layer, [B, in] -> [B, out], in float32."""
+    """Fully connected layer, [B, in] -> [B, out], in `dtype`."""
 
     features: int
     bias: bool = True
     init: Init = Init()
+    dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         fans = (x.shape[-1], self.features)
         w = self.param("weight", _initializer(self.init.mode, *fans, self.init.weight), (x.shape[-1], self.features))
-        x = x @ w
+        x = x.astype(self.dtype) @ w.astype(self.dtype)
         if self.bias:
             b = self.param("bias", _initializer(self.init.mode, *fans, self.init.bias), (self.features,))
-            x = x + b[None]
+            x = x + b.astype(self.dtype)[None]
         return x
 
 
@@ -113,11 +114,14 @@ class Conv2d(nn.Module):
 
     `fused_down`: the padding of filter and kernel is applied once, before the kernel (NCSN++'s residual branch), which differs
     from filtering first at the image's border. `still_bias` = (n, i): the biases of channels i, i + n, ... get no gradient.
+    `stride` and `padding` (default kernel // 2) are the kernel's own, without a filter.
     """
 
     features: int
     kernel: int
     bias: bool = True
+    stride: int = 1
+    padding: int | None = None
     up: bool = False
     down: bool = False
     fused_down: bool = False
@@ -139,9 +143,13 @@ class Conv2d(nn.Module):
         k, cin = self.kernel, x.shape[-1]
         fans = (cin * k * k, self.features * k * k)
         w = self.param("weight", _initializer(self.init.mode, *fans, self.init.weight), (k, k, cin, self.features))
-        pad = k // 2 + ((len(self.resample_filter) - 1) // 2 if fused else 0)
-        x = jax.lax.conv_general_dilated(
-            x, w.astype(self.dtype), (1, 1), [(pad, pad), (pad, pad)], dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        pad = (k // 2 if self.padding is None else self.padding) + ((len(self.resample_filter) - 1) // 2 if fused else 0)
+        w = w.astype(self.dtype)
+        if pad == 0 and x.shape[1:3] == (k, k):  # a matrix product, which backends compute faster as such
+            x = (x.reshape(-1, k * k * cin) @ w.reshape(-1, self.features))[:, None, None]
+        else:
+            x = jax.lax.conv_general_dilated(
+                x, w, (self.stride, self.stride), [(pad, pad), (pad, pad)], dimension_numbers=("NHWC", "HWIO", "NHWC"))
         if fused:
             x = downsample(x, self.resample_filter, pad=0)
         if self.bias:
@@ -201,6 +209,11 @@ class FourierEmbedding(nn.Module):
         freqs = self.param("freqs", nn.initializers.normal(self.scale), (self.num_channels // 2,))
         angle = x[:, None] * (2 * np.pi * jax.lax.stop_gradient(freqs))[None]
         return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=1)
+
+
+def feature_channels(img_resolution: int, model_channels: int, channel_mult: Sequence[int]) -> dict[int, int]:
+    """{resolution: channels} of what a U-Net's encoder hands on at each level, the highest first."""
+    return {img_resolution >> level: model_channels * mult for level, mult in enumerate(channel_mult)}
 
 
 class Scope(nn.Module):

@@ -61,10 +61,20 @@ class SongUNet(nn.Module):
     dtype: jnp.dtype = jnp.float32
     remat: bool = False
 
+    @property
+    def feature_channels(self) -> dict[int, int]:
+        """Channels of the encoder's map at each resolution, the highest first."""
+        return layers.feature_channels(self.img_resolution, self.model_channels, self.channel_mult)
+
     @nn.compact
     def __call__(self, x: Array, noise_labels: Array, class_labels: Array | None = None,
-                 augment_labels: Array | None = None, dropout_keys: Key | None = None) -> Array:
-        """Shapes: x [B,H,W,C]; noise_labels [B]; class_labels [B,label_dim]; augment_labels [B,augment_dim]; keys [B]."""
+                 augment_labels: Array | None = None, dropout_keys: Key | None = None, *,
+                 encode_only: bool = False) -> Array | list[Array]:
+        """Shapes: x [B,H,W,C]; noise_labels [B]; class_labels [B,label_dim]; augment_labels [B,augment_dim]; keys [B].
+
+        Returns: [B,H,W,out_channels]; with `encode_only` the output of the encoder's last block at each resolution, the highest
+        first, and nothing behind the encoder is computed.
+        """
         noise_channels = self.model_channels * self.channel_mult_noise
         emb_channels = self.model_channels * self.channel_mult_emb
         if self.embedding_type == "positional":
@@ -81,6 +91,8 @@ class SongUNet(nn.Module):
         emb = nn.silu(layers.Linear(emb_channels, init=_INIT, name="map_layer1")(emb))
 
         x, skips = layers.Scope(name="enc")(_encode, self, x, emb, dropout_keys)
+        if encode_only:
+            return skips[self.num_blocks :: self.num_blocks + 1]
         return layers.Scope(name="dec")(_decode, self, x, skips, emb, dropout_keys)
 
 
