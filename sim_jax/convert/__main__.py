@@ -3,7 +3,7 @@
     python -m sim_jax.convert --kind=edm --src=edm-cifar10-32x32-cond-vp.pkl --out=teachers/cifar10-cond-vp
     python -m sim_jax.sample --weights=teachers/cifar10-cond-vp --num=100 --out=teacher.png
 
-Configs name the directory as config.teacher.path. Kinds:
+Configs name the directory as config.teacher.path; of kind inception, evaluation takes it as --features. Kinds:
 """
 
 from __future__ import annotations
@@ -60,6 +60,15 @@ def _with_sigma_init(info: Mapping[str, Any], text: str | None) -> dict[str, Any
     return {**info, "sigma_init": sigma}
 
 
+def _summary(converted: conversion.Converted, info: Mapping[str, Any]) -> str:
+    spec, size = converted.network.spec, f"{converted.network.num_params():,} parameters"
+    if "precond" not in spec:
+        return f"{spec['model_type']}, {size}, for features"
+    sigma, pixels = info.get("sigma_init"), spec["img_resolution"]
+    what = f"a one-step generator at sigma {sigma:g}" if sigma else "a denoiser"
+    return f"{spec['precond']} of {spec['model_type']}, {pixels}x{pixels}, {spec['label_dim']} classes, {size}, {what}"
+
+
 def run(args: argparse.Namespace) -> int:
     from sim_jax import weights
     from sim_jax.progress import ProgressBar
@@ -67,6 +76,8 @@ def run(args: argparse.Namespace) -> int:
     options = conversion.Options(network=_network(args.network), ema=args.ema)
     if args.ema is not None and args.kind != "fastgen":
         raise ValueError(f"--ema: got {args.ema!r} with --kind={args.kind}, allowed only with fastgen")
+    if args.sigma_init is not None and not kinds.TABLE[args.kind].generates:
+        raise ValueError(f"--sigma-init: got {args.sigma_init!r} with --kind={args.kind}, allowed only with kinds that make images")
     converted = kinds.read(args.kind, args.src, options)
     info = {**_with_sigma_init(converted.info, args.sigma_init), "source": {"kind": args.kind, "file": args.src.rsplit("/", 1)[-1]}}
     total = sum(array.size for array in converted.state.values()) // 1000
@@ -74,11 +85,7 @@ def run(args: argparse.Namespace) -> int:
     weights.save_state_directory(args.out, converted.state, converted.network.spec, info, dtype=args.dtype,
                                  progress=lambda numbers: bar.update(numbers // 1000))
     bar.close()
-    spec, sigma = converted.network.spec, info.get("sigma_init")
-    what = f"a one-step generator at sigma {sigma:g}" if sigma else "a denoiser"
-    size = spec["img_resolution"]
-    print(f"{spec['precond']} of {spec['model_type']}, {size}x{size}, {spec['label_dim']} classes, "
-          f"{converted.network.num_params():,} parameters, {what}: {args.out}")
+    print(f"{_summary(converted, info)}: {args.out}")
     return 0
 
 

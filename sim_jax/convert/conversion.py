@@ -17,7 +17,7 @@ from sim_jax.convert.torch_names import Tensor
 
 _FLOATS = (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)
 _KEY = "sim_jax"
-_KEPT = ("sigma_init", "labels", "ema", "step", "made_by", "figures")
+_KEPT = ("sigma_init", "sigmas", "sigma_cond", "labels", "ema", "step", "made_by", "figures")
 _NAME = re.compile(r"[A-Za-z0-9_.\-]{1,200}")
 
 
@@ -86,8 +86,10 @@ def read_safetensors(path: str) -> tuple[dict[str, np.ndarray], dict[str, Any], 
         header = None
     if not isinstance(header, dict) or not isinstance(header.get("network"), dict):
         raise ValueError(f"{path}: its metadata {_KEY!r} does not describe a network")
-    sigma, labels = header.get("sigma_init", 1.0), header.get("labels", {})
-    if type(sigma) not in (int, float) or not 0 < sigma < 1e6 or not isinstance(labels, dict):
+    levels = header.get("sigmas", [])
+    sigmas = [header.get("sigma_init", 1.0), header.get("sigma_cond", 1.0), *(levels if isinstance(levels, list) else [None])]
+    labels = header.get("labels", {})
+    if not all(type(sigma) in (int, float) and 0 < sigma < 1e6 for sigma in sigmas) or not isinstance(labels, dict):
         raise ValueError(f"{path}: its metadata {_KEY!r} has no possible sigma_init or labels")
     given = {key: tuple(value) if isinstance(value, list) else value for key, value in header["network"].items()}
     return state, given, {key: header[key] for key in _KEPT if key in header}
@@ -105,10 +107,15 @@ def fit(state: Mapping[str, np.ndarray], spec: Mapping[str, Any], info: Mapping[
     """
     network = networks.build(finite(spec))
     param_table.check(state, network.shapes(), prefix=network.family.prefix, source=source)
+    check_numbers(state, source=source)
+    return Converted(dict(state), network, info)
+
+
+def check_numbers(state: Mapping[str, np.ndarray], *, source: str) -> None:
+    """Raises ValueError listing tensors of a type that is no float, or with numbers that are not finite."""
     wrong = [name for name, array in state.items() if array.dtype not in _FLOATS]
     if wrong:
         raise ValueError(f"{source}: {wrong[0]} holds {state[wrong[0]].dtype}, allowed: floating point")
     bad = [name for name, array in state.items() if not np.isfinite(array).all()]
     if bad:
         raise ValueError(f"{source}: {len(bad)} tensors hold numbers that are not finite: {', '.join(bad[:8])}")
-    return Converted(dict(state), network, info)

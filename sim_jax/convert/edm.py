@@ -94,7 +94,7 @@ def without_buffers(state: Mapping[str, np.ndarray], network: networks.Network, 
 def buffers(network: networks.Network) -> dict[str, np.ndarray]:
     """What `without_buffers` leaves out, so that EDM's `load_state_dict` finds all that it expects."""
     spec, names = network.spec, []
-    for level in range(1, len(spec["channel_mult"])):
+    for level in range(1, len(spec.get("channel_mult", ()))):
         below, above = (spec["img_resolution"] >> n for n in (level, level - 1))
         blocks = [f"enc.{below}x{below}_down", f"dec.{above}x{above}_up"]
         names += [f"{block}.{layer}" for block in blocks for layer in ("conv0", "skip")]

@@ -9,10 +9,11 @@ from sim_jax.convert.conversion import Converted, Options
 
 
 class Kind(NamedTuple):
-    """A family: the module that reads it, and what it is."""
+    """A family: the module that reads it, what it is, and whether it makes images or measures them."""
 
     module: str
     summary: str
+    generates: bool = True
 
 
 TABLE: dict[str, Kind] = {
@@ -22,6 +23,8 @@ TABLE: dict[str, Kind] = {
     "dmd2": Kind("sim_jax.convert.dmd2", "DMD2's ImageNet pytorch_model.bin (one-step generators, sigma_init 80)"),
     "fastgen": Kind("sim_jax.convert.fastgen", "FastGen's *.pth of EDM networks (teachers, or students with sigma_init 80)"),
     "safetensors": Kind("sim_jax.convert.safetensors", "what sim_jax.export writes, or safetensors under EDM's names"),
+    "inception": Kind("sim_jax.convert.inception", "FID's Inception-v3: pytorch-fid's and torch-fidelity's *.pth, StyleGAN's .pkl and .pt",
+                      generates=False),
 }
 
 

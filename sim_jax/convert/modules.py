@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from sim_jax.convert.pickle_machine import Record, Refused, show
@@ -36,9 +36,11 @@ class Module(NamedTuple):
         return out
 
 
-def walk(root: Record) -> Iterator[Module]:
+def walk(root: Record, *, others: Collection[str] = ()) -> Iterator[Module]:
     """All modules of a tree, the root first.
 
+    Args:
+      others: "module.name" of classes that may appear besides persistent ones and ModuleDict.
     Raises: Refused for what is no module, or a tree larger or deeper than any network's (records can refer to one another).
     """
     waiting, seen = [("", root, 0)], 0
@@ -49,9 +51,9 @@ def walk(root: Record) -> Iterator[Module]:
             raise Refused(f"holds more than {_MOST_MODULES} modules, or modules nested deeper than {_DEEPEST}")
         if not isinstance(record, Record) or not isinstance(record.state, dict):
             raise Refused(f"has no module at {show(name)}")
-        if record.kind not in (PERSISTENT, _CONTAINER):
+        if record.kind not in (PERSISTENT, _CONTAINER, *others):
             raise Refused(f"has {show(record.kind)} at {show(name)}, where a module of the network should be")
-        yield Module(name, record.args[0] if record.kind == PERSISTENT else "ModuleDict", record.state)
+        yield Module(name, record.args[0] if record.kind == PERSISTENT else record.kind.rpartition(".")[2], record.state)
         for child, module in reversed(_dict(record.state, "_modules", name).items()):
             if module is not None:
                 if not isinstance(child, str) or len(name) + len(child) > 200:

@@ -4,6 +4,7 @@
                                the legacy format
     torch.save, zip            archive/data.pkl, one member per storage, each stored uncompressed
     torch.save, legacy         five pickles (magic number, version, machine, the object, storage keys), then the storages
+    torch.jit.save             the zip format with objects of the program's classes; the program itself is not read
 
 The file is memory-mapped; tensors are views of the map, so reading takes no memory of the tensors' size. Nothing in the file is
 executed: `pickle_machine` knows the names in the tables of `torch_names`, and refuses every other one by name.
@@ -12,42 +13,58 @@ executed: `pickle_machine` knows the names in the tables of `torch_names`, and r
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
 
 from sim_jax import tensor_file
 from sim_jax.convert import zip_members
-from sim_jax.convert.pickle_machine import Budget, Machine, Name, Refused, show
+from sim_jax.convert.pickle_machine import Budget, Machine, Name, Record, Refused, show
 from sim_jax.convert.torch_names import STORAGES, Storage, constructors, never
 
 _MAGIC, _VERSION = 0x1950A86A20F9469CFC6C, 1001
+PROGRAM = "__torch__."
+_PROGRAMS = (PROGRAM, "torch.jit._pickle.")
 
 
-def read(path: str | pathlib.Path) -> Any:
+class _WithPrograms(dict):
+    """Constructors, and in addition every class of a TorchScript program as an inert Record."""
+
+    def __contains__(self, kind: object) -> bool:
+        return super().__contains__(kind) or (isinstance(kind, str) and kind.startswith(_PROGRAMS))
+
+    def __missing__(self, kind: str) -> Callable[[tuple], Record]:
+        return lambda args: Record(kind, args)
+
+
+def read(path: str | pathlib.Path, *, classes: Collection[str] = (), torchscript: bool = False) -> Any:
     """What a .pkl, .pt, .pth or .bin file holds: dicts, lists, Tensors and inert Records; of safetensors, a dict of arrays.
 
+    Args:
+      classes: "module.name" of more classes whose objects become inert Records.
+      torchscript: take what torch.jit.save writes, too: Records of kind "__torch__.NAME", attributes as their state.
     Raises: ValueError, in one line that begins with the path, for anything but the formats above.
     """
     if tensor_file.is_safetensors(path):
         return tensor_file.read(path)[0]
     data = tensor_file.map_file(path)
     try:
-        return _read(data, Budget())
+        return _read(data, Budget(), classes, torchscript)
     except Refused as error:
         raise ValueError(f"{path}: {error}") from None
 
 
-def _read(data: memoryview, budget: Budget) -> Any:
+def _read(data: memoryview, budget: Budget, classes: Collection[str], torchscript: bool) -> Any:
+    names = {**_names(budget), **{kind: lambda args, kind=kind: Record(kind, args) for kind in classes}}
     if bytes(data[:4]) == b"PK\x03\x04":
-        return _read_zip(data, _names(budget), budget)
+        return _read_zip(data, _WithPrograms(names) if torchscript else names, budget)
     if data[0] != 0x80:
         raise Refused("is neither a pickle nor written by torch.save nor safetensors")
-    machine = Machine(data, 0, _names(budget), None, budget)
+    machine = Machine(data, 0, names, None, budget)
     value = machine.run()
     if value == _MAGIC:
-        return _read_legacy(data, machine.position, _names(budget), budget)
+        return _read_legacy(data, machine.position, names, budget)
     if machine.position != len(data):
         raise Refused(f"has {len(data) - machine.position} bytes behind the end of its pickle")
     return value
@@ -59,7 +76,8 @@ def _read_zip(data: memoryview, names: Mapping[str, Callable], budget: Budget) -
     if len(roots) != 1:
         raise Refused(f"is a zip archive with {len(roots)} members named data.pkl; torch.save writes one")
     root = roots[0]
-    if root + "constants.pkl" in members or any(name.startswith(root + "code/") for name in members):
+    program = root + "constants.pkl" in members or any(name.startswith(root + "code/") for name in members)
+    if program and not isinstance(names, _WithPrograms):
         raise Refused("is a TorchScript program (it holds constants.pkl or code/), not a state dict")
     order = bytes(members.get(root + "byteorder", b"little"))[:16]
     if order != b"little":

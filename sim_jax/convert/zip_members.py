@@ -1,7 +1,8 @@
 """A reader of zip archives as `torch.save` writes them: members stored as they are, read in place, nothing extracted.
 
 Refused: compressed or encrypted members, names that lead out of the archive, two members of one name or over the same bytes, and
-archives in several parts. What is not compressed cannot grow, so a small file stays small.
+archives in several parts. What is not compressed cannot grow, so a small file stays small. The exception is what TorchScript compresses,
+its program under code/: it is listed, and not given.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ _FULL16, _FULL32 = 0xFFFF, 0xFFFFFFFF
 
 
 def members(data: memoryview) -> dict[str, memoryview]:
-    """{name: bytes} of an archive. Raises: Refused."""
+    """{name: bytes} of an archive; nothing of what is under NAME/code/. Raises: Refused."""
     try:
         return _members(data)
     except struct.error:
@@ -33,7 +34,7 @@ def _members(data: memoryview) -> dict[str, memoryview]:
         name, begin, size, position = _entry(data, position)
         if name in out:
             raise Refused(f"holds two members named {show(name)}")
-        out[name] = data[begin:begin + size]
+        out[name] = data[begin:begin + size] if not _is_program(name) else data[:0]
         taken.append((begin, begin + size))
     taken.sort()
     if any(end > begin for (_, end), (begin, _) in zip(taken, taken[1:], strict=False)):
@@ -72,7 +73,7 @@ def _entry(data: memoryview, position: int) -> tuple[str, int, int, int]:
     name = _safe_name(raw_name)
     if flags & 1:
         raise Refused(f"holds {show(name)}, which is encrypted")
-    if method != 0 or packed != size:
+    if (method != 0 or packed != size) and not _is_program(name):
         raise Refused(f"holds {show(name)}, which is compressed; torch.save stores members as they are")
     if bytes(data[local:local + 4]) != _LOCAL:
         raise Refused(f"is a zip archive in which {show(name)} is not where the directory says")
@@ -80,9 +81,13 @@ def _entry(data: memoryview, position: int) -> tuple[str, int, int, int]:
     start = local + 30 + local_name + local_extra
     if bytes(data[local + 30:local + 30 + local_name]) != raw_name:
         raise Refused(f"is a zip archive in which {show(name)} has two names")
-    if start + size > len(data):
-        raise Refused(f"is cut off: {show(name)} should have {size} bytes")
-    return name, start, size, begin + name_size + extra_size + comment_size
+    if start + packed > len(data):
+        raise Refused(f"is cut off: {show(name)} should have {packed} bytes")
+    return name, start, packed, begin + name_size + extra_size + comment_size
+
+
+def _is_program(name: str) -> bool:
+    return name.split("/")[1:2] == ["code"]
 
 
 def _sizes64(extra: bytes, *sizes: int) -> list[int]:

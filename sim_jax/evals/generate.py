@@ -16,7 +16,7 @@ import numpy as np
 
 from sim_jax import images, randomness, sharding
 from sim_jax.data import labels as label_streams
-from sim_jax.diffusion import samplers
+from sim_jax.diffusion import guidance, samplers
 from sim_jax.networks import Network
 from sim_jax.sharding import Layout
 from sim_jax.types import Array, Cond, Key, Params
@@ -37,9 +37,9 @@ class Latents:
     scheme: str = "uniform"
     histogram: tuple[float, ...] | None = None
 
-    def noise(self, key: Key, index: Array) -> Array:
-        """z [B,H,W,C] for samples `index` [B]."""
-        return randomness.normal(randomness.sample_keys(key, "sample/z", index), self.image_shape)
+    def noise(self, key: Key, index: Array, purpose: str = "sample/z") -> Array:
+        """Unit noise [B,H,W,C] for samples `index` [B]; z, or what another purpose draws."""
+        return randomness.normal(randomness.sample_keys(key, purpose, index), self.image_shape)
 
     def classes(self, key: Key, index: Array) -> Array:
         """int32 [B]."""
@@ -55,23 +55,28 @@ class SamplerSpec:
     """How x is drawn from a denoiser.
 
     Attributes:
-      sigma_init: one call, x = D(sigma_init z; sigma_init); None samples in steps.
-      sampler, num_steps, S_churn: of `sim_jax.diffusion.samplers`, where sigma_init is None.
+      few_step: the calls of a distilled generator; None follows the diffusion in steps.
+      sampler, num_steps, S_churn: of `sim_jax.diffusion.samplers`, where few_step is None.
+      guidance, interval: classifier-free guidance, where few_step is None; 1 is none.
     """
 
-    sigma_init: float | None = None
+    few_step: samplers.FewStep | None = None
     sampler: str = "heun"
     num_steps: int = 18
     S_churn: float = 0.0
+    guidance: float = 1.0
+    interval: tuple[float, float] | None = None
 
     @property
     def calls(self) -> int:
-        """Network calls per image."""
-        return 1 if self.sigma_init is not None else samplers.num_calls(self.sampler, self.num_steps)
+        """Network calls per image; a guided one is two."""
+        if self.few_step is not None:
+            return len(self.few_step.sigmas)
+        return samplers.num_calls(self.sampler, self.num_steps) * (1 if self.guidance == 1 else 2)
 
 
 class ImageSampler:
-    """`sampler(params, seed=..., count=...) -> images uint8 [count,H,W,C], classes int32 [count]`.
+    """`sampler(params, seed=..., count=...) -> (images uint8 [count,H,W,C], classes int32 [count])`.
 
     Args:
       network: whose parameters will be given.
@@ -79,12 +84,13 @@ class ImageSampler:
       latents: where samples start.
       layout: the mesh; images are cut over it.
       batch_per_device: images per device and program.
+      finish: float32 [B,H,W,C] -> what is returned for them, on the host; uint8 images by default.
     Raises: ValueError for an unknown sampler.
     """
 
     def __init__(self, network: Network, spec: SamplerSpec, latents: Latents, *, layout: Layout = Layout(),
-                 batch_per_device: int = 128):
-        self.spec, self.latents = spec, latents
+                 batch_per_device: int = 128, finish: Callable[[np.ndarray], np.ndarray] = images.to_uint8):
+        self.spec, self.latents, self._finish = spec, latents, finish
         self._batch = batch_per_device * (1 if layout.mesh is None else layout.mesh.size)
 
         def start(key: Key, index: Array) -> tuple[Array, Key]:
@@ -94,12 +100,13 @@ class ImageSampler:
             return Cond(class_labels=label_streams.one_hot(classes, latents.label_dim))
 
         @jax.jit
-        def one_call(params: Params, key: Key, index: Array, classes: Array) -> Array:
+        def few_calls(params: Params, key: Key, index: Array, classes: Array) -> Array:
             z, _ = start(key, index)
-            return samplers.one_step(network.bind(layout.gather(params)), z, condition(classes), sigma_init=spec.sigma_init)
+            renoise = [layout.split(latents.noise(key, index, f"sample/renoise{k}")) for k in range(1, len(spec.few_step.sigmas))]
+            return samplers.few_step(network.bind(layout.gather(params)), z, renoise, condition(classes), plan=spec.few_step)
 
-        self._start, self._one_call = jax.jit(start), one_call
-        if spec.sigma_init is None:
+        self._start, self._few_calls = jax.jit(start), few_calls
+        if spec.few_step is None:
             limits = (network.precond.sigma_min, network.precond.sigma_max)
             rounding = network.precond.round_sigma if network.precond.tables else None
             sigmas = samplers.edm_sigmas(spec.num_steps, sigma_limits=limits, round_sigma=rounding)
@@ -107,7 +114,8 @@ class ImageSampler:
 
             @functools.partial(jax.jit, static_argnames="correct")
             def step(params: Params, carry, classes: Array, keys: Key | None, row, *, correct: bool):
-                take = samplers.make_step(network.bind(layout.gather(params)))
+                denoise = guidance.classifier_free(network.bind(layout.gather(params)), w=spec.guidance, interval=spec.interval)
+                take = samplers.make_step(denoise)
                 return take(carry, condition(classes), keys, row, correct=correct)
 
             self._step = step
@@ -115,8 +123,8 @@ class ImageSampler:
     def float_images(self, params: Params, *, seed: int, index: np.ndarray, classes: np.ndarray) -> np.ndarray:
         """One batch, float32 [B,H,W,C]; the length of `index` compiles a program of its own."""
         key, index, classes = jax.random.key(seed), jnp.asarray(index, jnp.uint32), jnp.asarray(classes, jnp.int32)
-        if self.spec.sigma_init is not None:
-            return sharding.to_host(self._one_call(params, key, index, classes))
+        if self.spec.few_step is not None:
+            return sharding.to_host(self._few_calls(params, key, index, classes))
         z, keys = self._start(key, index)
 
         def step(carry, cond, step_keys, row, *, correct):
@@ -138,14 +146,14 @@ class ImageSampler:
         """
         index = np.arange(start, start + count)
         classes = self.latents.classes_of(seed, index) if classes is None else np.asarray(classes, np.int32)
-        out = np.empty((count, *self.latents.image_shape), np.uint8)
+        out = []
         for begin in range(0, count, self._batch):
             here = slice(begin, min(begin + self._batch, count))
             wanted = here.stop - here.start
             pad = np.full(self._batch - wanted, index[here][-1])
             batch = self.float_images(params, seed=seed, index=np.concatenate([index[here], pad]),
                                       classes=np.concatenate([classes[here], np.full(len(pad), classes[here][-1])]))
-            out[here] = images.to_uint8(batch[:wanted])
+            out.append(self._finish(batch[:wanted]))
             if progress is not None:
                 progress(here.stop)
-        return out, classes
+        return np.concatenate(out), classes

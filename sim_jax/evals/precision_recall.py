@@ -40,7 +40,8 @@ def precision_recall(real: np.ndarray, generated: np.ndarray, *, k: int = 3,
         raise ValueError(f"generated: got {generated.shape[1]} features, allowed: {real.shape[1]} as in real")
     # Distances come from |a|^2 + |b|^2 - 2ab, which cancels least near the origin.
     centre = real.mean(axis=0)[None, :]
-    real, generated = real - centre, generated - centre
+    real -= centre
+    generated -= centre
     real_radii, density_radii = _squared_radii(real, (k, density_k))
     (generated_radii,) = _squared_radii(generated, (k,))
     precise, inside = 0, 0
@@ -56,7 +57,7 @@ def precision_recall(real: np.ndarray, generated: np.ndarray, *, k: int = 3,
 
 
 def _check(name: str, features: np.ndarray, *, more_than: int) -> np.ndarray:
-    features = np.asarray(features, np.float64)
+    features = np.array(features, np.float64)   # a copy, to be centred in place
     if features.ndim != 2 or len(features) <= more_than:
         raise ValueError(f"{name}: got shape {features.shape}, allowed: [N,F] with N > {more_than}")
     if not np.isfinite(features).all():

@@ -9,12 +9,11 @@ without regard to class differ in their class counts too (on the digits 0.63 ins
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any
 
 import numpy as np
 
-from sim_jax.evals import frechet
+from sim_jax.evals import frechet, streams
 from sim_jax.evals.features import FeatureExtractor
 from sim_jax.evals.precision_recall import precision_recall
 
@@ -47,7 +46,7 @@ def quality(images: np.ndarray, labels: np.ndarray | None, *, real_images: np.nd
     agreement = _agreement("labels", labels, probabilities)
     real_agreement = _agreement("real_labels", real_labels, real_probabilities)
     neighbours = precision_recall(real_features, sample_features, k=_K, density_k=_DENSITY_K)
-    halves = _halves_fd(real_features, None if labels is None else real_labels, seed=0, splits=8)
+    halves = halves_distance(real_features, None if labels is None else real_labels, seed=0, splits=8)
     count, reference_count = len(images), len(real_images)
     return {
         "fd": frechet.statistics_distance(frechet.feature_statistics(sample_features),
@@ -75,19 +74,18 @@ def real_halves_fd(real_images: np.ndarray, real_labels: np.ndarray | None = Non
     """
     real_features, probabilities = features(real_images)
     _agreement("real_labels", real_labels, probabilities)
-    return _halves_fd(real_features, real_labels, seed=seed, splits=splits)
+    return halves_distance(real_features, real_labels, seed=seed, splits=splits)
 
 
 def images_hash(images: np.ndarray, labels: np.ndarray | None = None) -> str:
     """The first 12 hex digits of the SHA-256 of uint8 images, their shape and, where given, int labels."""
-    digest = hashlib.sha256(f"{np.shape(images)} ".encode())
-    digest.update(np.ascontiguousarray(images, np.uint8).tobytes())
-    if labels is not None:
-        digest.update(np.asarray(labels).astype("<i4").tobytes())
-    return digest.hexdigest()[:12]
+    digest = streams.begin_hash(np.shape(images))
+    digest.update(np.ascontiguousarray(images, np.uint8).data)
+    return streams.end_hash(digest, labels)
 
 
-def _halves_fd(features: np.ndarray, labels: np.ndarray | None, *, seed: int, splits: int) -> float:
+def halves_distance(features: np.ndarray, labels: np.ndarray | None, *, seed: int, splits: int) -> float:
+    """`real_halves_fd` of features [M,F]; halves with equally many of each of labels int [M], where given."""
     if splits < 1 or len(features) < 4:
         raise ValueError(f"splits: got {splits} of {len(features)} images, allowed: 1 or more of 4 or more")
     generator = np.random.default_rng(seed)
