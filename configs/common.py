@@ -18,7 +18,7 @@ from sim_jax.objectives import dsm
 def get_config(method: str = "sim") -> ConfigDict:
     """The defaults for `method`, locked: a variant can change keys, not invent them."""
     config = ConfigDict()
-    config.method = method                    # a row of sim_jax.objectives: "sim"; "dsm" trains a teacher
+    config.method = method                    # a row of sim_jax.objectives: "sim", "dmd2", ...; "dsm" trains a teacher
     config.seed = 0                           # of everything random
     config.total_kimg = 1000.0                # length of the run, in thousands of images per network update
     config.batch_size = 256                   # images per update over all devices
@@ -35,10 +35,16 @@ def get_config(method: str = "sim") -> ConfigDict:
         dtype="float32",                      # what it computes in: "float32" or "bfloat16"
         sampler="heun",                       # how its own samples are drawn: heun, euler, ddim, dpmpp_2m
         num_steps=18,                         # 18 Heun steps are 35 network calls
+        guidance=1.0,                         # classifier-free guidance weight, in the objective and its own samples; 1: none
+        guidance_interval=(),                 # (sigma_lo, sigma_hi) outside which it is 1; (): everywhere
     ))
     config.objective = _knobs(objectives.TABLE[method].pair_loss if method in objectives.TABLE else dsm.pair_loss)
     config.generator = ConfigDict(dict(
         sigma_init=2.5,                       # G(z) = D(sigma_init z; sigma_init)
+        sigmas=(),                            # a few-step generator's falling noise levels, e.g. (80.0, 5.0); (): one step at sigma_init
+        sigma_cond=placeholder(float),        # what a one-step generator is told instead of sigma_init
+        inputs="simulated",                   # few steps are trained on its own intermediate states, or on noised real images: "data"
+        start_kimg=0.0,                       # it rests, and the critic alone moves, while this many generated images pass
         dropout=placeholder(float),           # None: the teacher network's
         dtype="float32",
         remat=False,                          # recompute blocks in the backward pass
@@ -46,20 +52,42 @@ def get_config(method: str = "sim") -> ConfigDict:
         optimizer=_optimizer(),
     ))
     config.fake_score = ConfigDict(dict(      # the network trained by denoising: the fake score, or under "dsm" the teacher itself
-        updates=1,                            # per generator update; the critic goes first
+        updates=1,                            # iterations per generator update
+        turns="every",                        # iterations at which it moves: "every" one, or all "other" than the generator's
+        images="fresh",                       # generated for its update: "fresh", or "shared" with the generator's (one forward less)
+        guidance=1.0,                         # classifier-free guidance weight inside the generator's loss
         dropout=placeholder(float),
         dtype="float32",
         remat=False,
-        loss=_knobs(dsm.pair_loss),           # ignored under "dsm", whose own knobs are config.objective
+        loss=_knobs(_critic_loss(method)),    # ignored under "dsm", whose own knobs are config.objective
         noise=_noise("log_normal", P_mean=-1.2, P_std=1.2),
         augment_p=0.0,                        # EDM's augmentation of what it is trained on; needs augment_dim=9
         optimizer=_optimizer(),
+    ))
+    config.gan = ConfigDict(dict(             # the adversarial term, for any method; needs data
+        weight=0.0,                           # in the generator's loss, whose reduction it has to fit; 0: no term
+        critic_weight=1.0,                    # of the discriminator's loss in the critic's
+        critic_weighting="none",              # of that loss by noise level, as of denoising: none, edm, dmd2, eps
+        features="fake_score",                # that its heads read: of the "fake_score", which it then trains too, or the frozen "teacher"
+        resolutions=(),                       # of the encoder's maps, one head each; (): the lowest
+        head="conv",                          # "conv", or "mean" over the channels (no parameters)
+        pairing="own",                        # noise at which images are judged: "own", "score" (generated: the score loss's x_t),
+                                              # "shared" (real images take the generated ones' noise too)
+        clamp=placeholder(float),             # of the logits; None: none
+        start_kimg=0.0,                       # the generator meets the term after this many thousand images
+        noise=_noise("grid", i_min=0, i_max=1000),  # levels of "own" noise
+        optimizer=_optimizer(),               # of the heads
+    ))
+    config.regression = ConfigDict(dict(      # the term on the teacher's (noise, sample) pairs, for any method
+        weight=_regression_weight(method),    # in the generator's loss; 0: no term
+        distance="features",                  # "features" (perceptual, the teacher's encoder), squared_l2, pseudo_huber
+        num_pairs=1000,                       # drawn from the teacher before the first step
     ))
     config.labels = ConfigDict(dict(
         scheme="uniform",                     # classes asked of the generator: uniform, balanced, histogram
         histogram=(),                         # class weights, for "histogram"
     ))
-    config.data = ConfigDict(dict(            # real images: needed by "dsm", never by "sim"
+    config.data = ConfigDict(dict(            # real images: needed by "dsm", the adversarial term and inputs="data"
         name="none",                          # none, digits, images (EDM's zip or folder), tfds
         path=placeholder(str),                # images: the zip or folder
         dataset=placeholder(str),             # tfds: e.g. "imagenet_resized/64x64"
@@ -70,7 +98,7 @@ def get_config(method: str = "sim") -> ConfigDict:
         max_size=placeholder(int),
     ))
     config.ema = ConfigDict(dict(
-        halflife_kimg=(500.0,),               # one average per entry, named e.g. "ema_500k"; the first is the default
+        halflife_kimg=(500.0,),               # one average per entry, named e.g. "ema_500k"; the first is the default; (): none
         rampup=0.05,                          # half-life at most this share of the images seen; 0: none
     ))
     config.sharding = ConfigDict(dict(
@@ -87,12 +115,23 @@ def get_config(method: str = "sim") -> ConfigDict:
         keep=2,                               # checkpoints kept
         grid=100,                             # images in a grid
         probe_images=64,                      # images per noise level in a probe
+        panel_images=8,                       # columns of the training panels; 0: none
         eval_images=5000,                     # images of a Frechet distance
         features="none",                      # what it is measured in: "digits" or "none"
         batch_per_device=128,                 # while sampling
         data_threads=2,                       # that read images ahead
     ))
     return config.lock()
+
+
+def _regression_weight(method: str) -> float:
+    """DMD's own, where the method is not itself without the term."""
+    return 0.25 if method in objectives.TABLE and "pairs" in objectives.TABLE[method].needs else 0.0
+
+
+def _critic_loss(method: str):
+    """What trains the method's fake score, with its own defaults."""
+    return (method in objectives.TABLE and objectives.TABLE[method].critic_loss) or dsm.pair_loss
 
 
 def _optimizer() -> ConfigDict:

@@ -1,32 +1,50 @@
-"""Quick start: SIM on the 8x8 handwritten digits, class-conditional, from the teacher that ships with the package.
+"""Quick start: SIM on the 8x8 handwritten digits, class-conditional, from the teacher that ships with the package; and the family beside it.
 
 Paper:     Score Implicit Matching, arXiv 2410.16794, which has no digits: every value here is ours, tuned for minutes on a CPU.
 Command:   python -m sim_jax.main --config=configs/digits.py --workdir=runs/digits
+           python -m sim_jax.main --config=configs/digits.py:dmd2,gan,2 --workdir=runs/digits_dmd2
 Hardware:  2 CPU cores, no download, 5 to 6 minutes [measured: 297 s on an AMD EPYC].
-Published: nothing to compare with. Ours, measured: Frechet distance 0.169 in 1 call, the teacher 0.138 in 35 (README).
-Words:     sim (default), sid (SiD, arXiv 2404.04057) or diff_instruct (Diff-Instruct, arXiv 2305.18455), each with its own knobs of the
-           loss and all else SIM's; full (default) or tiny (seconds, to see that everything runs).
+Published: nothing to compare with. Ours, measured: Frechet distance 0.169 in 1 call, the teacher 0.138 in 35 (README); the family at equal
+           budgets in configs/digits_table.md.
+Words:     sim (default), sid, diff_instruct, dmd, dmd2, f_distill, sida or uni (arXiv 2410.16794, 2404.04057, 2305.18455, 2311.18828,
+           2405.14867, 2502.15681, 2410.14919, 2505.20755), each with its own knobs of the loss and all else SIM's; nogan (default) or gan:
+           with an adversarial term on the real digits (f_distill, sida and uni always have a discriminator); 1 (default), 2 or 4 steps;
+           full (default) or tiny (seconds, to see that everything runs).
 """
 
 from configs import common
 
-WORDS = {"method": ("sim", "sid", "diff_instruct"), "size": ("full", "tiny")}
+WORDS = {"method": ("sim", "sid", "diff_instruct", "dmd", "dmd2", "f_distill", "sida", "uni"), "gan": ("nogan", "gan"),
+         "steps": ("1", "2", "4"), "size": ("full", "tiny")}
+# The rows of configs/digits_table.md, as sim_jax.table makes it.
+TABLE = ("sim", "sid", "diff_instruct", "dmd", "dmd2", "f_distill", "sida", "uni", "sim,gan", "dmd2,gan", "sim,2", "sim,2,gan", "sim,4", "sim,4,gan",
+         "dmd2,2", "dmd2,2,gan", "dmd2,4", "dmd2,4,gan")
+# Of the adversarial term, in units of each method's own loss: SIM and SiD sum over the pixels, DMD2 and f-distill take their mean.
+_GAN_WEIGHT = {"sim": 0.1, "sid": 0.1, "diff_instruct": 0.1, "dmd": 3e-3, "dmd2": 3e-3, "f_distill": 3e-3, "sida": 0.0, "uni": 0.1}
 
 
 def get_config(arg=None):
     words = common.parse_arg(arg, **WORDS)
-    config = common.get_config(words["method"])
+    method = words["method"]
+    config = common.get_config(method)
     config.total_kimg = 96.0
     config.batch_size = 64
     config.network = digits_network(config.network)
     config.teacher.path = "builtin:digits"
-    if words["method"] == "sim":
+    if method == "sim":
         config.objective.update(c=0.2, weighting="sid")
     config.generator.noise.update(u_min=0.1, u_max=0.55)      # sigma from 0.017 to 4.3: 8x8 images have nothing outside
-    for section, lr in ((config.generator, 1e-4), (config.fake_score, 6e-4)):
+    config.generator.sigmas = {"1": (), "2": (2.5, 0.6), "4": (2.5, 1.2, 0.5, 0.2)}[words["steps"]]
+    for section, lr in ((config.generator, 1e-4), (config.fake_score, 6e-4), (config.gan, 6e-4)):
         section.optimizer.lr = lr
         section.optimizer.schedule = "linear"
         section.optimizer.final_fraction = 0.02
+    if words["gan"] == "gan" or method in ("f_distill", "sida", "uni"):
+        config.data.name = "digits"
+        config.gan.update(critic_weight=1.0, pairing="score")
+        config.gan.noise.update(name="karras", i_min=None, i_max=None, u_min=0.1, u_max=0.55)
+    if words["gan"] == "gan":
+        config.gan.weight = _GAN_WEIGHT[method]
     config.ema.update(halflife_kimg=(6.0,), rampup=0.3)
     config.run.update(log_every=50, probe_every=200, sample_every=200, eval_every=400, save_every=400, features="digits",
                       batch_per_device=500)

@@ -10,19 +10,24 @@ import numbers
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from sim_jax import optim
+from sim_jax import optim, recipe, rollout
 from sim_jax.data import digits
 from sim_jax.diffusion import samplers
 
-_CHOICES = {"precision": ("highest", "high", "default"), "run.features": ("digits", "none"), "teacher.sampler": samplers.SAMPLERS}
+_CHOICES = {
+    "precision": ("highest", "high", "default"), "run.features": ("digits", "none"), "teacher.sampler": samplers.SAMPLERS,
+    "generator.inputs": rollout.INPUTS, "fake_score.turns": ("every", "other"), "fake_score.images": recipe.IMAGES,
+    "gan.features": recipe.FEATURES, "gan.pairing": recipe.PAIRINGS,
+}
 # (keys, in words, what must hold); "*." stands for both trained networks. A key that a config lacks, or None, is not checked.
 _RANGES: tuple[tuple[tuple[str, ...], str, Callable[[float], bool]], ...] = (
-    (("total_kimg", "batch_size", "generator.sigma_init", "fake_score.updates", "teacher.num_steps", "run.log_every", "run.probe_every",
+    (("total_kimg", "batch_size", "generator.sigma_init", "fake_score.updates", "teacher.num_steps", "gan.clamp", "regression.num_pairs", "run.log_every", "run.probe_every",
       "run.sample_every", "run.save_every", "run.keep", "run.grid", "run.probe_images", "run.batch_per_device", "network.sigma_data",
       "network.img_resolution", "network.img_channels", "network.model_channels", "network.num_blocks", "network.channel_mult_emb",
       "data.max_size", "data.pad_to"),
      "above 0", lambda value: value > 0),
-    (("max_batch_per_device", "ema.rampup", "run.eval_every", "run.eval_images", "run.data_threads", "network.label_dim",
+    (("max_batch_per_device", "ema.rampup", "generator.start_kimg", "gan.weight", "gan.critic_weight", "gan.start_kimg",
+      "regression.weight", "run.panel_images", "run.eval_every", "run.eval_images", "run.data_threads", "network.label_dim",
       "network.augment_dim", "*.optimizer.final_fraction"), "0 or above", lambda value: value >= 0),
     (("seed",), f"0 to {2**32 - 1}", lambda value: 0 <= value < 2**32),
     (("fake_score.augment_p",), "0 to 1", lambda value: 0 <= value <= 1),
@@ -48,6 +53,8 @@ def check(config: Mapping[str, Any]) -> None:
                 if values.get(key) is not None and not holds(values[key]):
                     raise ValueError(f"{key}: got {values[key]}, allowed: {words}")
     _check_lists(values)
+    if values["fake_score.turns"] == "other" and values["fake_score.updates"] == 1:
+        raise ValueError("fake_score.turns: got 'other' with fake_score.updates 1, allowed: 'every', or updates of 2 or more")
     if 0 < values["run.eval_images"] < 100:
         raise ValueError(f"run.eval_images: got {values['run.eval_images']}, allowed: 0 (no evaluation) or at least 100")
 
@@ -72,8 +79,8 @@ def _leaves(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
 
 def _check_lists(values: Mapping[str, Any]) -> None:
     halflives = values["ema.halflife_kimg"]
-    if not halflives or not all(_real(h) and 0 < h < math.inf for h in halflives) or len(set(optim.ema_names(halflives))) < len(halflives):
-        raise ValueError(f"ema.halflife_kimg: got {halflives}, allowed: one or more different numbers above 0")
+    if not all(_real(h) and 0 < h < math.inf for h in halflives) or len(set(optim.ema_names(halflives))) < len(halflives):
+        raise ValueError(f"ema.halflife_kimg: got {halflives}, allowed: different numbers above 0, or ()")
     for key, least, empty in (("network.channel_mult", 1, False), ("network.attn_resolutions", 1, True)):
         got = values.get(key) or ()
         if key in values and not (all(isinstance(n, int) and n >= least for n in got) and (got or empty)):

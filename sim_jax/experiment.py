@@ -8,18 +8,17 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
-from sim_jax import config_checks, load, networks, objectives, optim, randomness, sharding, steps
-from sim_jax.data import augment, labels, make_source
+from sim_jax import config_checks, load, networks, objectives, optim, randomness, recipes, sharding
+from sim_jax.data import make_source
 from sim_jax.data.source import Source
-from sim_jax.diffusion import noise_levels
-from sim_jax.evals.generate import Latents
+from sim_jax.evals.generate import Latents, SamplerSpec
+from sim_jax.recipe import Recipe, Role
 from sim_jax.sharding import Layout
 from sim_jax.state import DistillState, TrainState
 from sim_jax.types import Params
@@ -36,16 +35,18 @@ class Experiment:
       source: real images, None in a data-free run.
       shapes, shardings: of the DistillState.
       teacher_shardings: of the teacher's parameters.
+      start_steps: iterations before the generator's first turn begins.
       total_steps: iterations of the whole run.
     """
 
     config: ConfigDict
-    recipe: steps.Recipe
+    recipe: Recipe
     teacher: load.Loaded | None
     source: Source | None
     shapes: DistillState
     shardings: DistillState
     teacher_shardings: Params | None
+    start_steps: int
     total_steps: int
 
     @property
@@ -57,18 +58,26 @@ class Experiment:
         return self.recipe.generator is not None
 
     @property
-    def trained(self) -> steps.Role:
+    def trained(self) -> Role:
         """The network that the run is for."""
         return self.recipe.generator if self.distils else self.recipe.fake_score
 
-    def updates_generator(self, step: int) -> bool:
-        """Whether iteration `step` (from 0) moves the generator."""
-        return self.distils and (step + 1) % self.config.fake_score.updates == 0
+    def turns(self, step: int) -> dict[str, bool]:
+        """Which networks iteration `step` (from 0) moves, as `steps.train_step` takes it."""
+        since = step - self.start_steps
+        generator = self.distils and since >= 0 and (since + 1) % self.config.fake_score.updates == 0
+        return {"update_critic": not (generator and self.config.fake_score.turns == "other"), "update_generator": generator}
+
+    def teacher_sampler(self) -> SamplerSpec:
+        """How the teacher's own samples are drawn, or those of a denoiser in training."""
+        section = self.config.teacher
+        return SamplerSpec(sampler=section.sampler, num_steps=section.num_steps, guidance=section.guidance,
+                           interval=tuple(section.guidance_interval) or None)
 
     def latents(self) -> Latents:
         """Where samples start: noise and classes by (seed, index)."""
         network = self.trained.network
-        return Latents(network.image_shape, network.label_dim, self.config.labels.scheme, _histogram(self.config))
+        return Latents(network.image_shape, network.label_dim, self.config.labels.scheme, recipes.histogram(self.config))
 
 
 def build(config: ConfigDict, *, devices: Sequence[Any] | None = None, with_data: bool = True, with_weights: bool = True) -> Experiment:
@@ -82,50 +91,45 @@ def build(config: ConfigDict, *, devices: Sequence[Any] | None = None, with_data
     Raises: ValueError for anything wrong: one line with the key, what came and what is allowed.
     """
     config_checks.check(config.to_dict())
-    objective = objectives.get(config.method, critic=None if config.method == "dsm" else _given(config.fake_score.loss),
-                               **_given(config.objective))
+    objective = objectives.get(config.method, critic=None if config.method == "dsm" else recipes.given(config.fake_score.loss),
+                               **recipes.given(config.objective))
     mesh = sharding.make_mesh(config.sharding.mesh, devices=devices)
     for rules in (config.sharding.rules, config.sharding.teacher_rules):
         sharding.check_rules(rules, mesh)
-    pieces = _micro_batches(config, mesh.size)
-    spec = networks.full_spec(_given(config.network))
+    spec = networks.full_spec(recipes.given(config.network))
     config_checks.check_features(config.run.features, resolution=spec["img_resolution"], channels=spec["img_channels"],
                                  label_dim=spec["label_dim"])
-    source = _source(config, spec, objective) if with_data else None
-    teacher = _teacher(config, spec, with_weights) if "teacher" in objective.needs else None
-
-    total_steps = max(math.ceil(config.total_kimg * 1000 / config.batch_size), 1)
-    if teacher is not None:
+    requirements = recipes.needs(config, objective)
+    source = _source(config, spec, requirements) if with_data else None
+    teacher = _teacher(config, spec, with_weights) if "teacher" in requirements else None
+    if teacher is not None and not recipes.is_analytic(teacher.network.spec):
         spec = dict(teacher.network.spec)
-        total_steps *= config.fake_score.updates
-    fake_score = _role(config.fake_score, "fake_score", spec, total_steps)
-    generator = _role(config.generator, "generator", spec, total_steps // config.fake_score.updates) if teacher else None
-    recipe = steps.Recipe(
-        objective=objective, fake_score=fake_score, generator=generator,
-        teacher=networks.build(spec, dtype=config.teacher.dtype) if teacher else None,
-        labels=labels.make(config.labels.scheme, spec["label_dim"], histogram=_histogram(config)),
-        augment=_augmentation(config, fake_score.network), batch_size=config.batch_size, micro_batches=pieces,
-        loop="python" if jax.default_backend() == "cpu" else "scan", sigma_init=config.generator.sigma_init,
-        ema=dict(halflife_kimg=tuple(config.ema.halflife_kimg), rampup=config.ema.rampup), layout=Layout(mesh))
+    recipe, start_steps, total_steps = recipes.make(config, objective, requirements, spec, teacher, mesh)
 
-    shapes = jax.eval_shape(lambda: _initial_state(recipe, None))
+    shapes = jax.eval_shape(lambda: _random_state(recipe, None))
     shardings = sharding.tree_shardings(shapes, mesh, config.sharding.rules)
-    recipe = dataclasses.replace(
-        recipe, fake_score=dataclasses.replace(fake_score, shardings=shardings.fake_score.params),
-        generator=dataclasses.replace(generator, shardings=shardings.generator.params) if generator else None)
     return Experiment(
-        config=config, recipe=recipe, teacher=teacher, source=source, shapes=shapes, shardings=shardings,
+        config=config, recipe=_with_shardings(recipe, shardings), teacher=teacher, source=source, shapes=shapes, shardings=shardings,
         teacher_shardings=sharding.tree_shardings(teacher.network.shapes(), mesh, config.sharding.teacher_rules) if teacher else None,
-        total_steps=total_steps)
+        start_steps=start_steps, total_steps=total_steps)
+
+
+def _with_shardings(recipe: Recipe, shardings: DistillState) -> Recipe:
+    def place(role: Role | None, where: TrainState | None) -> Role | None:
+        return role and dataclasses.replace(role, shardings=where.params)
+
+    adversary = recipe.adversary and dataclasses.replace(recipe.adversary, role=place(recipe.adversary.role, shardings.discriminator))
+    return dataclasses.replace(recipe, fake_score=place(recipe.fake_score, shardings.fake_score),
+                               generator=place(recipe.generator, shardings.generator), adversary=adversary)
 
 
 def initial_state(experiment: Experiment) -> DistillState:
-    """The state before the first step: copies of the teacher, or random where a teacher is trained."""
-    if experiment.teacher is None:
-        make = jax.jit(lambda: _initial_state(experiment.recipe, experiment.config.seed), out_shardings=experiment.shardings)
-        return make()
+    """The state before the first step: copies of the teacher, or random where a teacher is trained or is no network of that kind."""
+    recipe, shardings, shapes, seed = experiment.recipe, experiment.shardings, experiment.shapes, experiment.config.seed
+    if experiment.teacher is None or recipes.is_analytic(experiment.teacher.network.spec):
+        return jax.jit(lambda: _random_state(recipe, seed), out_shardings=shardings)()
 
-    def network(role: steps.Role, shardings: TrainState, shapes: TrainState) -> TrainState:
+    def network(role: Role, shardings: TrainState, shapes: TrainState) -> TrainState:
         def copy(layout: Params) -> Params:
             # Every copy is placed on its own: two networks that shared a buffer could not both be donated.
             return jax.jit(role.network.project, out_shardings=layout)(sharding.place(experiment.teacher.params, layout))
@@ -135,77 +139,44 @@ def initial_state(experiment: Experiment) -> DistillState:
         opt_state = jax.jit(role.optimizer.init, out_shardings=shardings.opt_state)(params)
         return TrainState(step=sharding.place(0, shardings.step).astype("int32"), params=params, opt_state=opt_state, ema=copies)
 
-    recipe, shardings, shapes = experiment.recipe, experiment.shardings, experiment.shapes
+    heads = memory = None
+    if recipe.adversary is not None:
+        heads = jax.jit(lambda: _random_network(recipe, recipe.adversary.role, "discriminator", seed), out_shardings=shardings.discriminator)()
+    if recipe.objective.init_memory is not None:
+        memory = jax.jit(recipe.objective.init_memory, out_shardings=shardings.objective_state)()
     return DistillState(
         step=sharding.place(0, shardings.step).astype("int32"),
         generator=network(recipe.generator, shardings.generator, shapes.generator),
-        fake_score=network(recipe.fake_score, shardings.fake_score, shapes.fake_score))
+        fake_score=network(recipe.fake_score, shardings.fake_score, shapes.fake_score), discriminator=heads, objective_state=memory)
 
 
-def _initial_state(recipe: steps.Recipe, seed: int | None) -> DistillState:
-    def network(role: steps.Role, averaged: bool, key) -> TrainState:
-        params = role.network.init(key)
-        names = optim.ema_names(recipe.ema["halflife_kimg"]) if averaged else ()
-        ema = {name: jax.tree.map(lambda p: p.copy(), params) for name in names}
-        return TrainState(step=jax.numpy.int32(0), params=params, opt_state=role.optimizer.init(params), ema=ema)
-
-    key = jax.random.fold_in(jax.random.key(seed or 0), randomness.purpose_id("init"))
-    generator = network(recipe.generator, True, key) if recipe.generator else None
-    fake_score = network(recipe.fake_score, recipe.generator is None, key)
-    return DistillState(step=jax.numpy.int32(0), generator=generator, fake_score=fake_score)
+def _random_network(recipe: Recipe, role: Role, purpose: str, seed: int | None, *, averaged: bool = False) -> TrainState:
+    params = role.network.init(jax.random.fold_in(jax.random.key(seed or 0), randomness.purpose_id(purpose)))
+    names = optim.ema_names(recipe.ema["halflife_kimg"]) if averaged else ()
+    ema = {name: jax.tree.map(lambda p: p.copy(), params) for name in names}
+    return TrainState(step=jax.numpy.int32(0), params=params, opt_state=role.optimizer.init(params), ema=ema)
 
 
-def _given(section: ConfigDict) -> dict[str, Any]:
-    """A section without the keys that are None."""
-    return {k: v for k, v in section.to_dict().items() if v is not None}
+def _random_state(recipe: Recipe, seed: int | None) -> DistillState:
+    # Generator and fake score start as one network here too.
+    gan, memory = recipe.adversary, recipe.objective.init_memory
+    return DistillState(
+        step=jax.numpy.int32(0),
+        generator=recipe.generator and _random_network(recipe, recipe.generator, "init", seed, averaged=True),
+        fake_score=_random_network(recipe, recipe.fake_score, "init", seed, averaged=recipe.generator is None),
+        discriminator=gan and _random_network(recipe, gan.role, "discriminator", seed),
+        objective_state=memory and memory())
 
 
-def _histogram(config: ConfigDict) -> tuple[float, ...] | None:
-    return tuple(config.labels.histogram) or None
-
-
-def _micro_batches(config: ConfigDict, num_devices: int) -> int:
-    """Into how many pieces an update's batch is cut."""
-    batch, limit = config.batch_size, config.max_batch_per_device
-    if batch % num_devices:
-        below, above = batch // num_devices * num_devices, -(-batch // num_devices) * num_devices
-        raise ValueError(f"batch_size: got {batch} on {num_devices} devices, allowed: a multiple of {num_devices}, "
-                         f"such as {below or above} or {above}")
-    per_device = batch // num_devices
-    if not limit or limit >= per_device:
-        return 1
-    return next(n for n in range(-(-per_device // limit), per_device + 1) if per_device % n == 0)
-
-
-def _role(section: ConfigDict, name: str, spec: Mapping[str, Any], total_steps: int) -> steps.Role:
-    try:
-        noise = _given(section.noise)
-        return steps.Role(
-            network=networks.build(spec, dtype=section.dtype, remat=section.remat, dropout=section.dropout),
-            optimizer=optim.make_optimizer(**_given(section.optimizer), total_steps=max(total_steps, 1)),
-            noise=noise_levels.make(noise.pop("name"), **noise))
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
-
-
-def _augmentation(config: ConfigDict, network: networks.Network):
-    p = config.fake_score.augment_p
-    if not p:
-        return None
-    if network.augment_dim != augment.LABEL_DIM:
-        raise ValueError(f"fake_score.augment_p: got {p} for a network with augment_dim {network.augment_dim}, "
-                         f"allowed: 0, or a network with augment_dim {augment.LABEL_DIM}")
-    return lambda keys, images: augment.augment(keys, images, p=p)
-
-
-def _source(config: ConfigDict, spec: Mapping[str, Any], objective: objectives.Objective) -> Source | None:
-    knobs = _given(config.data)
+def _source(config: ConfigDict, spec: Mapping[str, Any], needs: frozenset[str]) -> Source | None:
+    knobs = recipes.given(config.data)
     name = knobs.pop("name")
-    if "data" in objective.needs and name == "none":
-        raise ValueError(f"data.name: got 'none', allowed with method {config.method!r}: digits, images, tfds")
-    if "data" not in objective.needs:
+    terms = f"method {config.method!r}{' and an adversarial term' if 'discriminator' in needs else ''}"
+    if "data" in needs and name == "none":
+        raise ValueError(f"data.name: got 'none', allowed with {terms}: digits, images, tfds")
+    if "data" not in needs:
         if name != "none":
-            raise ValueError(f"data.name: got {name!r}, allowed with method {config.method!r}: none, it needs no images")
+            raise ValueError(f"data.name: got {name!r}, allowed with {terms}: none, it needs no images")
         if knobs:
             raise ValueError(f"data.{next(iter(knobs))}: got {next(iter(knobs.values()))!r}, allowed: only where data.name is not 'none'")
         return None
@@ -216,12 +187,16 @@ def _source(config: ConfigDict, spec: Mapping[str, Any], objective: objectives.O
 def _teacher(config: ConfigDict, spec: Mapping[str, Any], with_weights: bool) -> load.Loaded:
     if not with_weights:
         network = networks.build(spec)
-        return load.Loaded(network=network, params=network.shapes(), sigma_init=None, origin={"path": None})
+        return load.Loaded(network=network, params=network.shapes(), few_step=None, origin={"path": None})
     if not config.teacher.path:
         raise ValueError(f"teacher.path: got nothing, but method {config.method!r} needs a teacher; allowed: a converted directory, "
                          "a .safetensors file, the workdir of a teacher run, or 'builtin:digits'")
     teacher = load.load_teacher(config.teacher.path, ema=config.teacher.ema, spec=spec)
-    different = networks.differences(teacher.network.spec, spec)
+    if recipes.is_analytic(teacher.network.spec):
+        same = ("img_resolution", "img_channels", "label_dim")
+        different = [f"{k}: {teacher.network.spec[k]!r} != {spec[k]!r}" for k in same if teacher.network.spec[k] != spec[k]]
+    else:
+        different = networks.differences(teacher.network.spec, spec)
     if different:
         raise ValueError(f"teacher.path: {config.teacher.path} is another network than config.network: {'; '.join(different)}")
     return teacher

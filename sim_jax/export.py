@@ -39,8 +39,7 @@ def run(args: argparse.Namespace) -> int:
     if report.is_file():
         figures = checkpoint.read_json(report)
         info["figures"] = {key: figures[key] for key in ("teacher", "generator", "real_halves", "protocol", "device") if key in figures}
-    if loaded.sigma_init is not None:
-        info["sigma_init"] = loaded.sigma_init
+    info |= load.few_step_info(loaded.few_step)
     save = weights.save_file if args.out.endswith(".safetensors") else weights.save_directory
     save(args.out, loaded.params, loaded.network.spec, info, dtype=args.dtype)
     print(f"{loaded.network.num_params():,} parameters, {loaded.origin['ema']} at step {loaded.origin['step']}: {args.out}")

@@ -13,6 +13,7 @@ import numpy as np
 
 from sim_jax import checkpoint, networks, optim, sharding, weights
 from sim_jax.data import labels
+from sim_jax.diffusion.samplers import FewStep
 from sim_jax.evals.generate import ImageSampler, Latents, SamplerSpec
 from sim_jax.types import Params
 
@@ -26,16 +27,44 @@ class Loaded:
     Attributes:
       network: as functions.
       params: float32 numpy tree.
-      sigma_init: of a one-step generator; None for a denoiser, which samples in steps.
+      few_step: a distilled generator's noise levels; None for a denoiser, which samples in steps.
       origin: what to write into reports: path, hash or step, which average.
       labels: `scheme` and `histogram` that it was trained with.
     """
 
     network: networks.Network
     params: Params
-    sigma_init: float | None
+    few_step: FewStep | None
     origin: Mapping[str, Any]
     labels: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def sigma_init(self) -> float | None:
+        """The first noise level of a distilled generator, G(z) = D(sigma_init z; sigma_init)."""
+        return None if self.few_step is None else self.few_step.sigmas[0]
+
+    def latents(self) -> Latents:
+        """Where its samples start."""
+        return Latents(self.network.image_shape, self.network.label_dim, self.labels.get("scheme", "uniform"),
+                       tuple(self.labels.get("histogram", ())) or None)
+
+
+def few_step_info(plan: FewStep | None) -> dict[str, Any]:
+    """How a generator's calls are recorded beside its weights: sigma_init, and sigmas or sigma_cond where there is more to say."""
+    if plan is None:
+        return {}
+    more = {"sigmas": list(plan.sigmas)} if len(plan.sigmas) > 1 else {} if plan.sigma_cond is None else {"sigma_cond": plan.sigma_cond}
+    return {"sigma_init": plan.sigmas[0], **more}
+
+
+def _few_step(header: Mapping[str, Any]) -> FewStep | None:
+    if header.get("sigma_init") is None:
+        return None
+    try:
+        return FewStep(tuple(header.get("sigmas") or (header["sigma_init"],)), header.get("sigma_cond"))
+    except TypeError:
+        raise ValueError(f"sigma_init, sigmas, sigma_cond: got {header['sigma_init']!r}, {header.get('sigmas')!r}, "
+                         f"{header.get('sigma_cond')!r}, allowed: numbers above 0") from None
 
 
 def load(path: str | pathlib.Path, *, ema: str | None = None) -> Loaded:
@@ -52,7 +81,7 @@ def load(path: str | pathlib.Path, *, ema: str | None = None) -> Loaded:
         raise ValueError(f"ema: got {ema!r} for {path}, allowed only with a workdir")
     network, params, header = weights.load(str(path))
     origin = {"path": str(path), "hash": header["hash"][:12], **{k: header[k] for k in ("ema", "step") if k in header}}
-    return Loaded(network=network, params=params, sigma_init=header.get("sigma_init"), origin=origin, labels=header.get("labels", {}))
+    return Loaded(network=network, params=params, few_step=_few_step(header), origin=origin, labels=header.get("labels", {}))
 
 
 def load_teacher(path: str, *, ema: str | None, spec: Mapping[str, Any]) -> Loaded:
@@ -67,7 +96,7 @@ def load_teacher(path: str, *, ema: str | None, spec: Mapping[str, Any]) -> Load
         raise ValueError(f"teacher.path: got {path!r}, allowed: {_RANDOM} and a whole number")
     network = networks.build(spec)
     params = sharding.to_host(jax.jit(network.init)(jax.random.key(int(seed))))
-    return Loaded(network=network, params=params, sigma_init=None, origin={"path": path})
+    return Loaded(network=network, params=params, few_step=None, origin={"path": path})
 
 
 def _load_workdir(workdir: pathlib.Path, ema: str | None) -> Loaded:
@@ -76,22 +105,23 @@ def _load_workdir(workdir: pathlib.Path, ema: str | None) -> Loaded:
         config, spec = record["config"], record["network"]
         names = optim.ema_names(config["ema"]["halflife_kimg"])
         distils = config["method"] != "dsm"
+        plan = _few_step(config["generator"]) if distils else None
     except (KeyError, TypeError):
         raise ValueError(f"{workdir / 'config.json'}: not written by sim_jax.main") from None
-    ema = ema or names[0]
+    ema = ema or (*names, "raw")[0]
     if ema not in (*names, "raw"):
         raise ValueError(f"ema: got {ema!r}, allowed: {', '.join((*names, 'raw'))}")
     network = networks.build(spec)
     role = "generator" if distils else "fake_score"
     path = (role, "params") if ema == "raw" else (role, "ema", ema)
     step, params = checkpoint.read_tree(workdir / "checkpoints", path, network.shapes())
-    return Loaded(network=network, params=sharding.to_host(params), sigma_init=config["generator"]["sigma_init"] if distils else None,
+    return Loaded(network=network, params=sharding.to_host(params), few_step=plan,
                   origin={"path": str(workdir), "step": step, "ema": ema}, labels=config["labels"])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Generator:
-    """Draws images: one call for a distilled generator, Heun's 35 for a teacher.
+    """Draws images: one or a few calls for a distilled generator, Heun's 35 for a teacher.
 
     Attributes:
       loaded: network and weights.
@@ -135,8 +165,5 @@ def load_generator(path: str | pathlib.Path, ema: str | None = None, *, num_step
       batch: images per device and call.
     """
     loaded = load(path, ema=ema)
-    network = loaded.network
-    spec = SamplerSpec(sigma_init=loaded.sigma_init) if loaded.sigma_init and num_steps is None else SamplerSpec(num_steps=num_steps or 18)
-    latents = Latents(network.image_shape, network.label_dim, loaded.labels.get("scheme", "uniform"),
-                      tuple(loaded.labels.get("histogram", ())) or None)
-    return Generator(loaded, ImageSampler(network, spec, latents, batch_per_device=batch))
+    spec = SamplerSpec(few_step=loaded.few_step) if loaded.few_step and num_steps is None else SamplerSpec(num_steps=num_steps or 18)
+    return Generator(loaded, ImageSampler(loaded.network, spec, loaded.latents(), batch_per_device=batch))

@@ -8,9 +8,7 @@ The same command again resumes. SIGTERM and SIGINT save first (exit codes 143 an
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import pathlib
 import re
 import sys
 from typing import Any
@@ -18,7 +16,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from sim_jax import cli
+from sim_jax import cli, config_file
 
 _USAGE = "python -m sim_jax.main --config=configs/digits.py --workdir=runs/digits"
 
@@ -40,29 +38,6 @@ def _flags(config: ConfigDict | None, argv: list[str]) -> flags.FlagValues:
     return values
 
 
-def _load_config(name: str) -> ConfigDict:
-    """What `get_config` of "FILE.py:words" returns. Raises ValueError if that fails."""
-    path, colon, words = name.partition(":")
-    file = pathlib.Path(path)
-    if not file.is_file() or file.suffix != ".py":
-        raise ValueError(f"--config: got {name!r}, but {path} is no Python file; allowed: a config such as configs/digits.py")
-    folder = str(file.resolve().parents[1])
-    if folder not in sys.path:
-        sys.path.insert(0, folder)  # for `from configs import common`
-    try:
-        spec = importlib.util.spec_from_file_location("sim_jax_config", file)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        config = module.get_config(words) if colon else module.get_config()
-    except ValueError as error:
-        raise ValueError(f"--config: {path}: {error}") from error
-    except Exception as error:  # whatever a file that is no config raises
-        raise ValueError(f"--config: {path}: {type(error).__name__}: {error}") from error
-    if not isinstance(config, ConfigDict):
-        raise ValueError(f"--config: {path}: get_config returned {type(config).__name__}, allowed: ConfigDict")
-    return config.lock()
-
-
 def _parse(argv: list[str]) -> tuple[ConfigDict, flags.FlagValues, list[str]]:
     """Command line -> (config, flags, overrides). Raises ValueError for anything wrong in it."""
     rest, name = [], None
@@ -76,7 +51,7 @@ def _parse(argv: list[str]) -> tuple[ConfigDict, flags.FlagValues, list[str]]:
             rest.append(argument)
     if not name:
         raise ValueError(f"--config: missing; usage: {_USAGE}")
-    config = _load_config(name)
+    config = config_file.load(name)
     overrides = [a for a in rest if re.match(r"--?(no)?config\.", a)]
     try:
         values = _flags(config, rest)

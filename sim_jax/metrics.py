@@ -152,6 +152,11 @@ class MetricWriter:
         if self._board is not None:
             self._board.add_image(name, np.asarray(picture), global_step=step, dataformats="HWC")
 
+    def write_histogram(self, step: int, name: str, values: np.ndarray) -> None:
+        """Puts a distribution among TensorBoard's histograms."""
+        if self._board is not None:
+            self._board.add_histogram(name, np.asarray(values, np.float64), global_step=step)
+
     def flush(self) -> None:
         """Waits for the figures that are still on the device and writes them."""
         if self._file is None:

@@ -13,7 +13,8 @@ all error (that is, where the generator matches the teacher but the fake score d
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +22,11 @@ import numpy as np
 
 from sim_jax import randomness, steps
 from sim_jax.data.labels import one_hot
-from sim_jax.diffusion import noise_levels
+from sim_jax.diffusion import noise_levels, samplers
+from sim_jax.objectives.base import diffuse
+from sim_jax.recipe import Recipe
 from sim_jax.state import DistillState
-from sim_jax.types import Array, Cond, Key, Params
+from sim_jax.types import Array, Cond, Key, NoiseLevel, Params
 
 
 def probe_levels(name: str, num: int = 6, **knobs) -> np.ndarray:
@@ -31,30 +34,47 @@ def probe_levels(name: str, num: int = 6, **knobs) -> np.ndarray:
     return np.asarray(noise_levels.quantile(name, (np.arange(num) + 0.5) / num, **knobs), np.float64)
 
 
-def make_probe(recipe: steps.Recipe, sigmas: np.ndarray, *, count: int) -> Callable[[DistillState, Params, Key], dict[str, Array]]:
-    """`probe(state, teacher_params, key) -> scalars`, pure and to be jitted; `count` images per noise level."""
-    gather, split = recipe.layout.gather, recipe.layout.split
-    network = recipe.generator.network
+def run_levels(section: Mapping[str, Any], num: int = 6) -> np.ndarray:
+    """Those of a config's `noise` section."""
+    knobs = {key: value for key, value in section.items() if value is not None}
+    return probe_levels(knobs.pop("name"), num, **knobs)
 
-    def draw(key: Key, purpose: str, index: Array) -> Array:
-        return split(randomness.normal(randomness.sample_keys(key, purpose, index), network.image_shape))
+
+def held_out(recipe: Recipe, params: Params, key: Key, count: int) -> tuple[Array, Cond, Callable[[str], Array]]:
+    """Images that no update sees, the same at every call: G(z) [count,H,W,C], its condition, and `noise(purpose)` of that shape."""
+    network, index = recipe.generator.network, jnp.arange(count, dtype=jnp.uint32)
+
+    def noise(purpose: str) -> Array:
+        return recipe.layout.split(randomness.normal(randomness.sample_keys(key, purpose, index), network.image_shape))
+
+    classes = recipe.labels(randomness.sample_keys(key, "probe/class", index), index)
+    cond = Cond(class_labels=one_hot(classes, network.label_dim))
+    renoise = [noise(f"probe/renoise{k}") for k in range(1, len(recipe.plan.sigmas))]
+    generator = network.bind(recipe.layout.gather(params))
+    return samplers.few_step(generator, noise("probe/z"), renoise, cond, plan=recipe.plan), cond, noise
+
+
+def at_levels(sigmas: np.ndarray, x0: Array, cond: Cond, noise: Callable[[str], Array]) -> tuple[Array, Array, NoiseLevel, Cond]:
+    """x0, unit noise, levels and condition [count * L, ...]: all levels of an image lie side by side in one batch, so that there is
+    one network call to compile, and no image leaves its device."""
+    levels = len(sigmas)
+    noises = jnp.stack([noise(f"probe/noise{i}") for i in range(levels)], axis=1).reshape(-1, *x0.shape[1:])
+    sigma = jnp.tile(jnp.asarray(sigmas, jnp.float32), x0.shape[0])
+    x0, cond = jax.tree.map(lambda a: jnp.repeat(a, levels, axis=0), (x0, cond))
+    return x0, noises, NoiseLevel(t=sigma, alpha=jnp.ones_like(sigma), sigma=sigma), cond
+
+
+def make_probe(recipe: Recipe, sigmas: np.ndarray, *, count: int) -> Callable[[DistillState, Params, Key], dict[str, Array]]:
+    """`probe(state, teacher_params, key) -> scalars`, pure and to be jitted; `count` images per noise level."""
 
     def probe(state: DistillState, teacher_params: Params, key: Key) -> dict[str, Array]:
-        index = jnp.arange(count, dtype=jnp.uint32)
-        classes = recipe.labels(randomness.sample_keys(key, "probe/class", index), index)
-        cond = Cond(class_labels=one_hot(classes, network.label_dim))
-        x0 = steps.generate(network, gather(state.generator.params), draw(key, "probe/z", index), cond, sigma_init=recipe.sigma_init)
-        # All levels of an image lie side by side in one batch: two network calls to compile, and no image leaves its device.
-        levels = len(sigmas)
-        noise = jnp.stack([draw(key, f"probe/noise{i}", index) for i in range(levels)], axis=1)
-        x0, cond = jax.tree.map(lambda a: jnp.repeat(a, levels, axis=0), (x0, cond))
-        sigma = jnp.tile(jnp.asarray(sigmas, jnp.float32), count)
-        x_t = x0 + sigma[:, None, None, None] * noise.reshape(x0.shape)
-        f = recipe.fake_score.network.bind(gather(state.fake_score.params))(x_t, sigma, cond)
-        r = recipe.teacher.bind(gather(teacher_params))(x_t, sigma, cond)
+        x0, noise, level, cond = at_levels(sigmas, *held_out(recipe, state.generator.params, key, count))
+        x_t = diffuse(x0, noise, level)
+        teacher, fake = steps.score_networks(recipe, state.fake_score.params, teacher_params)
+        f, r = fake(x_t, level.sigma, cond), teacher(x_t, level.sigma, cond)
 
         def per_level(products: Array) -> Array:
-            return jnp.mean(products.reshape(count, levels, -1), (0, 2)) / jnp.square(jnp.asarray(sigmas, jnp.float32))
+            return jnp.mean(products.reshape(count, len(sigmas), -1), (0, 2)) / jnp.square(jnp.asarray(sigmas, jnp.float32))
 
         squared, error = per_level(jnp.square(f - r)), per_level((f - x0) * (f - r))
         out = {f"divergence/sigma{s:.3g}": squared[i] for i, s in enumerate(sigmas.tolist())}

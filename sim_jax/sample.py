@@ -11,6 +11,7 @@ Image i depends on (seed, i) and its class only, not on --batch or the number of
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 
 from sim_jax import cli
@@ -28,8 +29,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--classes", help="class numbers to take in turn, e.g. 0,3 or 0-4; default: drawn as in training")
     parser.add_argument("--ema", help="which average of a workdir, e.g. ema_500k, or raw; default: the first")
     parser.add_argument("--teacher", action="store_true", help="sample the teacher that the workdir's run distilled")
-    parser.add_argument("--steps", type=int, help="network calls: 1 for a one-step generator; an odd number for teachers "
-                                                  "(Heun takes 2n - 1; default 35)")
+    parser.add_argument("--steps", type=int, help="network calls: at most its own for a one- or few-step generator; an odd number for "
+                                                  "teachers (Heun takes 2n - 1; default 35)")
+    parser.add_argument("--guidance", type=float, default=1.0, help="teachers with classes and label dropout: classifier-free guidance "
+                                                                    "weight (default 1, none; twice the calls)")
     parser.add_argument("--churn", type=float, default=0.0, help="teachers: EDM's S_churn (default 0, deterministic)")
     parser.add_argument("--batch", type=int, default=128, help="images per device and call (default %(default)s)")
     return parser
@@ -77,24 +80,28 @@ def run(args: argparse.Namespace) -> int:
 
     from sim_jax import sharding
     from sim_jax.data import labels
-    from sim_jax.evals.generate import ImageSampler, Latents, SamplerSpec
+    from sim_jax.evals.generate import ImageSampler, SamplerSpec
     from sim_jax.progress import ProgressBar
 
     loaded = _find(args)
     network = loaded.network
-    if loaded.sigma_init is not None:
-        if args.steps not in (None, 1):
-            raise ValueError(f"--steps: got {args.steps}, allowed: 1, this is a one-step generator")
-        if args.churn:
-            raise ValueError(f"--churn: got {args.churn}, allowed: 0, this is a one-step generator")
-        spec = SamplerSpec(sigma_init=loaded.sigma_init)
+    if loaded.few_step is not None:
+        calls = len(loaded.few_step.sigmas)
+        kind = "a one-step generator" if calls == 1 else f"a generator of {calls} steps"
+        if args.steps is not None and not 1 <= args.steps <= calls:
+            raise ValueError(f"--steps: got {args.steps}, allowed: {'1' if calls == 1 else f'1 to {calls}'}, this is {kind}")
+        for flag, value, neutral in (("--churn", args.churn, 0), ("--guidance", args.guidance, 1)):
+            if value != neutral:
+                raise ValueError(f"{flag}: got {value:g}, allowed: {neutral}, this is {kind}")
+        plan = loaded.few_step
+        spec = SamplerSpec(few_step=plan if args.steps is None else dataclasses.replace(plan, sigmas=plan.sigmas[: args.steps]))
     else:
         calls = 35 if args.steps is None else args.steps
         if calls < 1 or calls % 2 == 0:
             raise ValueError(f"--steps: got {calls}, allowed: odd numbers, as Heun's n steps take 2n - 1 network calls")
-        spec = SamplerSpec(num_steps=(calls + 1) // 2, S_churn=args.churn)
-    latents = Latents(network.image_shape, network.label_dim, loaded.labels.get("scheme", "uniform"),
-                      tuple(loaded.labels.get("histogram", ())) or None)
+        if args.guidance != 1 and not network.label_dim:
+            raise ValueError(f"--guidance: got {args.guidance:g}, allowed: 1, this network takes no classes")
+        spec = SamplerSpec(num_steps=(calls + 1) // 2, S_churn=args.churn, guidance=args.guidance)
     classes = None
     if args.classes is not None:
         wanted = labels.parse_classes(args.classes, network.label_dim)
@@ -102,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
     # Only as many devices as there are full batches: the rest would draw padding.
     devices = jax.devices()[: max(1, min(jax.device_count(), -(-args.num // args.batch)))]
     layout = sharding.Layout(sharding.make_mesh(devices=devices))
-    sampler = ImageSampler(network, spec, latents, layout=layout, batch_per_device=args.batch)
+    sampler = ImageSampler(network, spec, loaded.latents(), layout=layout, batch_per_device=args.batch)
     params = jax.device_put(jax.tree.map(jnp.asarray, loaded.params), layout.replicated)
     bar = ProgressBar(args.num, description="sample", unit="images")
     pixels, drawn = sampler(params, seed=args.seed, count=args.num, classes=classes, progress=bar.update)

@@ -1,4 +1,4 @@
-"""What a run shows for itself: sample grids from fixed noise, Frechet distances, and the final report."""
+"""What a run shows for itself: samples from fixed noise, training panels, figures, and the final report."""
 
 from __future__ import annotations
 
@@ -7,21 +7,23 @@ import time
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from sim_jax import images, optim, report
+from sim_jax import images, optim, panels, probes, report, sharding, steps, views
 from sim_jax import metrics as metric_files
-from sim_jax.data import digits
-from sim_jax.evals import features, quality
+from sim_jax.data import pipeline
+from sim_jax.data.source import gather
 from sim_jax.evals.generate import ImageSampler, SamplerSpec
 from sim_jax.experiment import Experiment
 from sim_jax.metrics import MetricWriter
 from sim_jax.state import DistillState, TrainState
-from sim_jax.types import Params
+from sim_jax.types import Cond, Params
 
 _GRID_SEED, _EVAL_SEED = 0, 1  # pictures and figures start from different noise
-_FIGURES = ("fd", "class_agreement", "precision", "recall", "density", "coverage")
+_JUDGED = 128  # real images in the discriminator's histograms
+_FIELD_SIGMA, _FIELD_ARROWS = 0.3, 17  # of the score fields of points: noise level, arrows a side
 
 
 class Showcase:
@@ -38,31 +40,30 @@ class Showcase:
         config, recipe = experiment.config, experiment.recipe
         self._experiment, self._workdir, self._writer, self._teacher_params = experiment, workdir, writer, teacher_params
         self._latents = experiment.latents()
-        steps = SamplerSpec(sampler=config.teacher.sampler, num_steps=config.teacher.num_steps)
-        kwargs = dict(latents=self._latents, layout=recipe.layout, batch_per_device=config.run.batch_per_device)
+        self._view = views.make(experiment)
+        diffusion = experiment.teacher_sampler()
+        kwargs = dict(latents=self._latents, layout=recipe.layout, batch_per_device=config.run.batch_per_device, finish=self._view.finish)
         self._teacher = self._generator = None
         if experiment.distils:
-            self._teacher = ImageSampler(recipe.teacher, steps, **kwargs)
-            self._generator = ImageSampler(recipe.generator.network, SamplerSpec(sigma_init=recipe.sigma_init), **kwargs)
+            self._teacher = ImageSampler(recipe.teacher, diffusion, **kwargs)
+            self._generator = ImageSampler(recipe.generator.network, SamplerSpec(few_step=recipe.plan), **kwargs)
         else:
-            self._teacher = ImageSampler(recipe.fake_score.network, steps, **kwargs)
-        self._features = features.digits_features() if config.run.features == "digits" else None
-        self._ema = optim.ema_names(config.ema.halflife_kimg)[0]
+            self._teacher = ImageSampler(recipe.fake_score.network, diffusion, **kwargs)
+        self._ema = (*optim.ema_names(config.ema.halflife_kimg), "raw")[0]
         # A grid shows the classes in turn, so that columns compare like with like.
         count, label_dim = config.run.grid, self._latents.label_dim
         self._classes = np.arange(count) % label_dim if label_dim else np.zeros(count, np.int32)
         self._reference: np.ndarray | None = None
-
-    @property
-    def _columns(self) -> int:
-        return min(10, self._experiment.config.run.grid)
+        self._panels = None
+        if experiment.distils and config.run.panel_images and not views.is_points(experiment):
+            size = recipe.layout.mesh.size
+            self._levels = probes.run_levels(config.generator.noise)
+            self._real = None if experiment.source is None else _first_images(experiment, -(-_JUDGED // size) * size)
+            self._panels = jax.jit(panels.make_panels(recipe, self._levels, count=-(-config.run.panel_images // size) * size))
 
     def _trained(self, state: DistillState) -> tuple[ImageSampler, Params]:
         network: TrainState = state.generator if self._experiment.distils else state.fake_score
-        return (self._generator or self._teacher), network.ema[self._ema]
-
-    def _grid(self, pixels: np.ndarray) -> np.ndarray:
-        return images.grid(pixels, columns=self._columns, scale=None)
+        return (self._generator or self._teacher), _averages(network)[self._ema]
 
     def _path(self, name: str) -> pathlib.Path:
         return self._workdir / "samples" / f"{name}.png"
@@ -70,7 +71,7 @@ class Showcase:
     def _save(self, name: str, pixels: np.ndarray, **about: str) -> None:
         if jax.process_index() == 0:
             self._path(name).parent.mkdir(parents=True, exist_ok=True)
-            images.save_png(self._path(name), self._grid(pixels), metadata={"seed": str(_GRID_SEED), **about})
+            images.save_png(self._path(name), self._view.picture(pixels), metadata={"seed": str(_GRID_SEED), **about})
 
     def reference(self) -> np.ndarray | None:
         """The teacher's samples from the grid's noise and classes; None where a teacher is trained."""
@@ -85,59 +86,72 @@ class Showcase:
         pixels, _ = sampler(params, seed=_GRID_SEED, count=len(self._classes), classes=self._classes)
         self._save(f"step_{step:08d}", pixels, step=str(step), ema=self._ema, calls=str(sampler.spec.calls))
         batch = self._experiment.config.batch_size
-        self._writer.write(step, step * batch / 1000, metric_files.image_statistics(pixels, self.reference()))
-        self._writer.write_image(step, "samples", self._grid(pixels))
+        self._writer.write(step, step * batch / 1000, self._view.statistics(pixels, self.reference()))
+        self._writer.write_image(step, "samples", self._view.picture(pixels))
+        if step:
+            for name, picture in self.panels(step, state).items():
+                self._writer.write_image(step, f"panels/{name}", picture)
         return pixels
 
-    def _quality(self, sampler: ImageSampler, params: Params, count: int) -> dict[str, Any]:
-        pixels, classes = sampler(params, seed=_EVAL_SEED, count=count)
-        real = digits.load()
-        return quality.quality(pixels, classes if self._latents.label_dim else None, real_images=real.images, real_labels=real.labels,
-                               features=self._features, label_scheme=self._latents.scheme)
+    def panels(self, step: int, state: DistillState) -> dict[str, np.ndarray]:
+        """The training panels at `step`, as pictures by title; logs the gradients' scales and the discriminator's histograms."""
+        if self._panels is None:
+            return {}
+        seen = sharding.to_host(self._panels(state, self._teacher_params, jax.random.key(_GRID_SEED), self._real))
+        self._writer.write(step, step * self._experiment.config.batch_size / 1000, panels.gradient_scales(seen, self._levels))
+        out = {panels.TITLES[name]: picture for name, picture in panels.pictures(seen).items()}
+        if "real" in seen:
+            for name in ("real", "fake"):
+                self._writer.write_histogram(step, f"discriminator/{name}", seen[name])
+            out["discriminator's logits"] = panels.histogram(seen)
+        return out
 
     def measure(self, state: DistillState) -> dict[str, float]:
-        """Frechet distances of every average during training, by name; nothing without features."""
-        if self._features is None or not self._experiment.config.run.eval_images:
+        """The figures of every average during training, by name; nothing where there is nothing to measure in."""
+        if self._view.measure is None:
             return {}
         sampler, _ = self._trained(state)
         network = state.generator if self._experiment.distils else state.fake_score
         role = "generator" if self._experiment.distils else "denoiser"
-        count = self._experiment.config.run.eval_images
         out = {}
-        for name, params in network.ema.items():
-            figures = self._quality(sampler, params, count)
+        for name, params in (network.ema or _averages(network)).items():
+            figures = self._measured(sampler, params)
             suffix = "" if name == self._ema else f"_{name}"
-            out |= {f"fd/{role}{suffix}": figures["fd"], f"class_agreement/{role}{suffix}": figures["class_agreement"]}
+            out |= {f"{figure}/{role}{suffix}": figures[figure] for figure in self._view.figures[:2]}
         return {name: value for name, value in out.items() if value is not None}
+
+    def _measured(self, sampler: ImageSampler, params: Params) -> dict[str, Any]:
+        return self._view.measure(*sampler(params, seed=_EVAL_SEED, count=self._experiment.config.run.eval_images))
 
     def finish(self, state: DistillState, *, seconds: float, to_first_step: float | None, **about: Any) -> dict[str, Any]:
         """Measures everything in one table and writes report.json and report.html."""
         experiment, config = self._experiment, self._experiment.config
-        sampler, params = self._trained(state)
+        view, (sampler, params) = self._view, self._trained(state)
         role = "generator" if experiment.distils else "teacher"
-        rows: dict[str, dict[str, Any]] = {role: {"calls": sampler.spec.calls, **dict.fromkeys(_FIGURES)}}
+        rows: dict[str, dict[str, Any]] = {role: {"calls": sampler.spec.calls, **dict.fromkeys(view.figures)}}
         if experiment.distils:
-            rows["teacher"] = {"calls": self._teacher.spec.calls, **dict.fromkeys(_FIGURES)}
-        rows["real_halves"] = {"fd": None}  # promised in report.json, measured or not
+            rows["teacher"] = {"calls": self._teacher.spec.calls, **dict.fromkeys(view.figures)}
+        rows["real_halves"] = dict.fromkeys(view.figures[:1])  # promised in report.json, measured or not
         protocol: dict[str, Any] = {"ema": self._ema, "seed": _EVAL_SEED}
-        if self._features is not None and config.run.eval_images:
+        if view.measure is not None:
             begin = time.monotonic()
-            measured = {role: self._quality(sampler, params, config.run.eval_images)}
+            measured = {role: self._measured(sampler, params)}
             if experiment.distils:
-                measured["teacher"] = self._quality(self._teacher, self._teacher_params, config.run.eval_images)
+                measured["teacher"] = self._measured(self._teacher, self._teacher_params)
             for name, figures in measured.items():
-                rows[name] |= {key: figures[key] for key in _FIGURES}
-            real = digits.load()
-            rows["real_halves"]["fd"] = quality.real_halves_fd(real.images, real.labels, features=self._features)
-            keys = ("count", "reference_count", "reference", "features", "label_scheme", "noise_floor")
-            protocol |= {key: measured[role][key] for key in keys}
+                rows[name] |= {key: figures[key] for key in view.figures}
+            among_real = view.real()
+            rows["real_halves"] = {key: value for key, value in among_real.items() if key in view.figures}
+            protocol |= views.protocol_of(measured[role])
             protocol["teacher_sampler"] = f"{config.teacher.sampler}, {config.teacher.num_steps} steps"
             seconds += time.monotonic() - begin
         pixels, _ = sampler(params, seed=_GRID_SEED, count=len(self._classes), classes=self._classes)
-        pictures = {role: self._grid(pixels)}
+        pictures = {role: self._view.picture(pixels)}
         if experiment.distils:
-            pictures["teacher"] = self._grid(self.reference())
-        pictures |= self._progress()
+            pictures["teacher"] = self._view.picture(self.reference())
+        pictures |= self._progress() | self.panels(experiment.total_steps, state)
+        if views.is_points(experiment) and view.measure is not None:
+            pictures["plane"] = self._plane(state, measured[role], among_real)
         summary = {
             **rows, "method": config.method, "steps": experiment.total_steps, "kimg": experiment.total_steps * config.batch_size / 1000,
             "protocol": protocol, "seconds": {"total": seconds, "to_first_step": to_first_step},
@@ -152,15 +166,41 @@ class Showcase:
                                 config=config.to_dict(), title=f"{self._workdir.name}: {config.method}, {calls}")
         return summary
 
+    def _plane(self, state: DistillState, figures: dict[str, Any], among_real: dict[str, Any]) -> np.ndarray:
+        """Target, generator and score fields of points, in the report and as samples/plane.png."""
+        experiment, side = self._experiment, np.linspace(-1, 1, _FIELD_ARROWS)
+        sampler, params = self._trained(state)
+        generated, _ = sampler(params, seed=_EVAL_SEED, count=experiment.config.run.eval_images)
+        where = 1.2 * np.max(np.abs(views.exact(experiment, 1000, seed=10))) * np.stack(np.meshgrid(side, side), -1).reshape(-1, 2)
+        x = jnp.asarray(where, jnp.float32).reshape(-1, 1, 1, 2)
+        networks = dict(zip(("teacher", "fake score"), steps.score_networks(experiment.recipe, state.fake_score.params, self._teacher_params)))
+        sigma = jnp.full(len(where), _FIELD_SIGMA)
+        fields = {name: np.asarray((fn(x, sigma, Cond()) - x) / _FIELD_SIGMA**2).reshape(-1, 2) for name, fn in networks.items()}
+        picture = views.plane(experiment, generated.reshape(len(generated), -1), fields, where, _FIELD_SIGMA, figures, among_real["swd"])
+        images.save_png(self._path("plane"), picture)
+        return picture
+
     def _progress(self, rows: int = 6) -> dict[str, np.ndarray]:
         """The first row of the saved grids, at up to `rows` moments, oldest first."""
         paths = sorted(self._workdir.glob("samples/step_*.png"))
         chosen = [paths[i] for i in sorted({round(i) for i in np.linspace(0, len(paths) - 1, rows)})] if paths else []
-        height = -(-len(self._classes) // self._columns)
         out = {}
         for path in chosen:
             with Image.open(path) as picture:
                 pixels = np.asarray(picture)
             kimg = int(path.stem.removeprefix("step_")) * self._experiment.config.batch_size / 1000
-            out[f"progress/{kimg:.1f} kimg"] = pixels[: (pixels.shape[0] - 1) // height + 1]
+            out[f"progress/{kimg:.1f} kimg"] = self._view.strip(pixels, len(self._classes))
         return out
+
+
+def _first_images(experiment: Experiment, count: int) -> dict[str, Any]:
+    """Real images for pictures: the first of the source, again from the start where it has fewer, float32 on the devices."""
+    index = np.arange(count) % len(experiment.source)
+    pixels, classes = gather(experiment.source, index)
+    arrays = {"image": pipeline.to_float(pixels), "label": classes}
+    return {name: sharding.place(array, experiment.layout.batch) for name, array in arrays.items()}
+
+
+def _averages(network: TrainState) -> dict[str, Params]:
+    """What can be sampled of a network: its averages, and the parameters themselves as "raw"."""
+    return {**network.ema, "raw": network.params}

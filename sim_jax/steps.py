@@ -1,9 +1,14 @@
 """One training iteration as a pure function: which network moves when, on which noise, and how its average follows.
 
-    critic update     x0 = sg[G(z)] (or real images);  psi moves by the critic's loss (denoising score matching)
-    generator update  x0 = G(z) with fresh z;          theta moves by the objective's pair loss, psi and the teacher constant
+    critic update     x0 = sg[G(z)] (or real images);  psi moves by the critic's loss (denoising score matching),
+                      the discriminator's heads and the features that they read by the adversarial loss
+    generator update  x0 = G(z);  theta moves by the objective's pair loss and the terms added to it, all else constant
 
 The critic goes first, as in SiD's and Diff-Instruct's code. `jit`, donation and shardings are applied by the caller, once.
+
+The generator's terms meet at the image: each term's gradient with respect to x0 is taken by itself, weighted, summed and pulled back
+through the generator once. That costs no more than differentiating the sum, and says how hard each term pulls, which is what one needs
+to know to weigh them.
 
 Randomness: every sample has its own key, folded from (seed, iteration, purpose, index in the global batch). What a sample sees
 depends on neither the number of devices nor how the batch is cut into micro-batches.
@@ -11,7 +16,6 @@ depends on neither the number of devices nor how the batch is cut into micro-bat
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,71 +23,18 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sim_jax import optim, randomness
+from sim_jax import optim, randomness, rollout
 from sim_jax.data.labels import one_hot
-from sim_jax.diffusion import samplers
-from sim_jax.networks import Network
-from sim_jax.objectives.base import Nets, Objective
+from sim_jax.diffusion import guidance
+from sim_jax.objectives import adversarial
+from sim_jax.objectives.base import Nets, sum_chw
 from sim_jax.randomness import normal
-from sim_jax.sharding import Layout
+from sim_jax.recipe import Levels, Recipe, Role
 from sim_jax.state import DistillState, TrainState
-from sim_jax.types import Array, Cond, Key, NoiseLevel, Params
+from sim_jax.types import Array, Cond, DenoiseFn, Key, NoiseLevel, Params
 
 Metrics = dict[str, Array]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Role:
-    """How one trained network moves.
-
-    Attributes:
-      network: as functions of its parameters.
-      optimizer: its optax chain.
-      noise: per-sample keys [B] -> NoiseLevel, the levels that its loss is taken at.
-      shardings: of its parameters, None on one device.
-    """
-
-    network: Network
-    optimizer: optax.GradientTransformation
-    noise: Callable[[Key], NoiseLevel]
-    shardings: Params | None = None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """Everything static of an iteration.
-
-    Attributes:
-      objective: pair and critic losses.
-      generator: None where a teacher is trained.
-      fake_score: the critic, or the teacher in training.
-      teacher: None where a teacher is trained.
-      labels: (keys [B], index [B]) -> class [B] int32; unused where data brings labels.
-      augment: (keys [B], images) -> (images, labels [B, augment_dim]), for the critic's images; None does nothing.
-      batch_size: images per update, over all devices.
-      micro_batches: how many pieces an update's batch is cut into.
-      loop: "python" unrolls the pieces, "scan" compiles one (convolutions in loops are slow on CPUs).
-      sigma_init: the generator's noise level, G(z) = D(sigma_init z; sigma_init).
-      ema: `halflife_kimg` and `rampup` of `optim.update_ema`.
-      layout: where the arrays lie.
-    """
-
-    objective: Objective
-    fake_score: Role
-    generator: Role | None = None
-    teacher: Network | None = None
-    labels: Callable[[Key, Array], Array] | None = None
-    augment: Callable[[Key, Array], tuple[Array, Array]] | None = None
-    batch_size: int
-    micro_batches: int = 1
-    loop: str = "python"
-    sigma_init: float = 2.5
-    ema: Mapping[str, Any]
-    layout: Layout = Layout()
-
-    @property
-    def label_dim(self) -> int:
-        return self.fake_score.network.label_dim
+MEMORY = "memory/"  # metrics that are not logged but handed to the objective's memory
 
 
 def sample_keys(key: Key, step: Array, purpose: str, index: Array) -> Key:
@@ -91,17 +42,43 @@ def sample_keys(key: Key, step: Array, purpose: str, index: Array) -> Key:
     return randomness.sample_keys(jax.random.fold_in(key, step), purpose, index)
 
 
-def generate(network: Network, params: Params, z: Array, cond: Cond, *, sigma_init: float, dropout_keys: Key | None = None) -> Array:
-    """The one-step generator, x = D(sigma_init z; sigma_init)."""
-    return samplers.one_step(network.bind(params, dropout_keys=dropout_keys), z, cond, sigma_init=sigma_init)
+def score_networks(recipe: Recipe, fake_params: Params, teacher_params: Params) -> tuple[DenoiseFn, DenoiseFn]:
+    """(teacher, fake) as the objective sees them: whole parameters, guided where the recipe says so."""
+    w = recipe.guidance
+    teacher = recipe.teacher.bind(recipe.layout.gather(teacher_params))
+    fake = recipe.fake_score.network.bind(recipe.layout.gather(fake_params))
+    return guidance.classifier_free(teacher, w=w.teacher, interval=w.interval), guidance.classifier_free(fake, w=w.fake_score)
 
 
-def _latents(recipe: Recipe, key: Key, step: Array, turn: str, index: Array) -> tuple[Array, Cond, Array]:
-    """z [B,H,W,C], the condition and the classes of one turn's batch."""
-    keys = sample_keys(key, step, f"{turn}/z", index)
-    z = recipe.layout.split(normal(keys, recipe.fake_score.network.image_shape))
-    labels = recipe.labels(sample_keys(key, step, f"{turn}/label", index), index)
-    return z, Cond(class_labels=one_hot(labels, recipe.label_dim)), labels
+def discriminator(recipe: Recipe, fake_params: Params, teacher_params: Params, heads: Params) -> Callable[..., Array] | None:
+    """`discriminate(x_t, sigma, cond) -> logits [B, L]`; parameters whole."""
+    if recipe.adversary is None:
+        return None
+    backbone = fake_params if recipe.adversary.features == "fake_score" else teacher_params
+    return recipe.adversary.role.network.bind(backbone, heads)
+
+
+def generate(recipe: Recipe, params: Params, key: Key, step: Array, turn: str, part: Mapping[str, Array]) -> tuple[Array, Cond]:
+    """The generator's images x0 [B,H,W,C] of one turn, differentiable in `params`, and what they are conditioned on.
+
+    Args:
+      params: the generator's, whole.
+      turn: whose draws: "critic" or "generator".
+      part: "index" [B], and "image", "class" of real images where the generator is fed noised ones.
+    """
+    role, index, plan = recipe.generator, part["index"], recipe.plan
+    split, shape = recipe.layout.split, recipe.image_shape
+    z = split(normal(sample_keys(key, step, f"{turn}/z", index), shape))
+    classes = recipe.labels(sample_keys(key, step, f"{turn}/label", index), index)
+    images, renoise = None, []
+    if len(plan.sigmas) > 1 and recipe.inputs == "data":
+        images = part["image"]
+        classes = jnp.where(rollout.is_first(index, plan), classes, part["class"])
+    elif len(plan.sigmas) > 1:
+        renoise = [split(normal(sample_keys(key, step, f"{turn}/renoise{k}", index), shape)) for k in range(1, len(plan.sigmas))]
+    cond = Cond(class_labels=one_hot(classes, recipe.label_dim))
+    dropout_keys = _dropout_keys(role, key, step, "generator/dropout" if turn == "generator" else f"{turn}/generator_dropout", index)
+    return rollout.generate(role.network, params, z, renoise, cond, plan=plan, images=images, dropout_keys=dropout_keys), cond
 
 
 def _dropout_keys(role: Role, key: Key, step: Array, purpose: str, index: Array) -> Key | None:
@@ -110,19 +87,29 @@ def _dropout_keys(role: Role, key: Key, step: Array, purpose: str, index: Array)
     return sample_keys(key, step, purpose, index) if any(rates) else None
 
 
-def _noise(recipe: Recipe, role: Role, key: Key, step: Array, turn: str, index: Array) -> tuple[Array, NoiseLevel]:
-    noise = normal(sample_keys(key, step, f"{turn}/noise", index), role.network.image_shape)
-    return recipe.layout.split(noise), recipe.layout.split(role.noise(sample_keys(key, step, f"{turn}/level", index)))
+def draw_noise(recipe: Recipe, levels: Levels, key: Key, step: Array, purpose: str, index: Array) -> tuple[Array, NoiseLevel]:
+    noise = normal(sample_keys(key, step, f"{purpose}/noise", index), recipe.image_shape)
+    return recipe.layout.split(noise), recipe.layout.split(levels(sample_keys(key, step, f"{purpose}/level", index)))
 
 
-def _mean(tree: Any) -> Any:
-    return jax.tree.map(jnp.mean, tree)
+def _judged_noise(recipe: Recipe, scored: tuple[Array, NoiseLevel], levels: Levels, key: Key, step: Array, turn: str, index: Array,
+                  *, real: bool) -> tuple[Array, NoiseLevel]:
+    """The noise at which the discriminator sees generated or real images; `scored` is what the score loss of this turn uses."""
+    pairing = recipe.adversary.pairing
+    if pairing == "shared" or (pairing == "score" and not real):
+        return scored
+    return draw_noise(recipe, recipe.adversary.role.noise if pairing == "own" else levels, key, step,
+                  f"{turn}/gan_{'real' if real else 'fake'}", index)
 
 
-def _gradient(recipe: Recipe, role: Role, loss: Callable[[Params, Any], tuple[Array, Metrics]], params: Params,
-              rows: Any) -> tuple[Metrics, Params]:
-    """Loss, metrics and gradient averaged over the micro-batches of `rows`, a tree of per-sample arrays [B, ...]."""
-    layout, pieces = recipe.layout, recipe.micro_batches
+def _mean(metrics: Metrics) -> Metrics:
+    return {name: jnp.mean(value, axis=0) for name, value in metrics.items()}
+
+
+def _gradient(recipe: Recipe, roles: Mapping[str, Role], loss: Callable[[Any, Any], tuple[Array, Metrics]], params: Mapping[str, Params],
+              rows: Any) -> tuple[Metrics, dict[str, Params]]:
+    """Loss, metrics and gradients averaged over the micro-batches of `rows`, a tree of per-sample arrays [B, ...]."""
+    layout, pieces, group = recipe.layout, recipe.micro_batches, len(recipe.plan.sigmas)
 
     def piece(part):
         def mean_loss(whole):
@@ -130,23 +117,30 @@ def _gradient(recipe: Recipe, role: Role, loss: Callable[[Params, Any], tuple[Ar
             return jnp.mean(per_sample), _mean(metrics)
 
         (value, metrics), grads = jax.value_and_grad(mean_loss, has_aux=True)(layout.gather(params))
-        return {"loss": value, **metrics}, layout.scatter(grads, role.shardings)
+        return {"loss": value, **metrics}, {name: layout.scatter(grads[name], role.shardings) for name, role in roles.items()}
 
-    # Consecutive rows go to different pieces, so that every device finds its share of each piece among its own rows.
-    parts = jax.tree.map(lambda a: a.reshape(a.shape[0] // pieces, pieces, *a.shape[1:]), rows)
     if pieces == 1:
-        return piece(jax.tree.map(lambda a: a[:, 0], parts))
+        return piece(rows)
+
+    # Consecutive groups of rows go to different pieces, so that every device finds its share of each piece among its own rows.
+    def cut(a):
+        return a.reshape(a.shape[0] // (pieces * group), pieces, group, *a.shape[1:])
+
+    def take(a):
+        return a.reshape(-1, *a.shape[2:])
+
+    parts = jax.tree.map(cut, rows)
     if recipe.loop == "scan":
         def body(total, part):
-            return jax.tree.map(jnp.add, total, piece(layout.split(part))), None
+            return jax.tree.map(jnp.add, total, piece(layout.split(jax.tree.map(take, part)))), None
 
         stacked = jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), parts)
-        first = jax.eval_shape(piece, jax.tree.map(lambda a: a[0], stacked))
+        first = jax.eval_shape(piece, jax.tree.map(lambda a: take(a[0]), stacked))
         total, _ = jax.lax.scan(body, jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), first), stacked)
     else:
         total = None
         for i in range(pieces):
-            out = piece(layout.split(jax.tree.map(lambda a: a[:, i], parts)))
+            out = piece(layout.split(jax.tree.map(lambda a: take(a[:, i]), parts)))
             total = out if total is None else jax.tree.map(jnp.add, total, out)
     return jax.tree.map(lambda a: a / pieces, total)
 
@@ -162,57 +156,135 @@ def _apply(recipe: Recipe, role: Role, state: TrainState, grads: Params) -> Trai
     return TrainState(step=state.step + 1, params=params, opt_state=opt_state, ema=ema)
 
 
-def critic_update(recipe: Recipe, state: DistillState, key: Key, images: Array | None, classes: Array | None
-                  ) -> tuple[TrainState, Metrics]:
-    """Moves `fake_score` on the generator's images, or on `images` [B,H,W,C] with `classes` [B] where they are given."""
-    role, step = recipe.fake_score, state.step
+def _rows(recipe: Recipe, batch: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Per-sample arrays of an update: the index in the global batch, and what the data brings."""
+    rows = {"index": recipe.layout.split(jnp.arange(recipe.batch_size, dtype=jnp.uint32))}
+    if batch is not None and "image" in batch:
+        rows |= {"image": batch["image"], "class": batch["label"]}
+    return rows if batch is None or "pair" not in batch else {**rows, "pair": batch["pair"]}
+
+
+def critic_update(recipe: Recipe, state: DistillState, teacher_params: Params | None, key: Key, batch: Mapping[str, Any] | None
+                  ) -> tuple[DistillState, Metrics]:
+    """Moves `fake_score` (and `discriminator`) on the generator's images; without a generator on the batch's.
+
+    Args: as of `train_step`. Returns: the state with the critic's networks moved, and scalar metrics.
+    """
+    role, step, gan = recipe.fake_score, state.step, recipe.adversary
     critic_loss = recipe.objective.critic_loss or recipe.objective.pair_loss
-    rows = {"index": recipe.layout.split(jnp.arange(recipe.batch_size, dtype=jnp.uint32))}
-    if images is not None:
-        rows |= {"image": images, "class": classes}
     generator = None if state.generator is None else recipe.layout.gather(state.generator.params)
+    teacher_params = None if gan is None else recipe.layout.gather(teacher_params)
+    turn = "critic" if recipe.images == "fresh" else "generator"
 
     def loss(params, part):
         index = part["index"]
-        if images is None:
-            z, cond, _ = _latents(recipe, key, step, "critic", index)
-            dropout_keys = _dropout_keys(recipe.generator, key, step, "critic/generator_dropout", index)
-            x0 = generate(recipe.generator.network, generator, z, cond, sigma_init=recipe.sigma_init, dropout_keys=dropout_keys)
-            x0 = jax.lax.stop_gradient(x0)
-        else:
+        if recipe.generator is None:
             x0, cond = part["image"], Cond(class_labels=one_hot(part["class"], recipe.label_dim))
+        else:
+            x0, cond = jax.lax.stop_gradient(generate(recipe, generator, key, step, turn, part))
+        noised, scored_cond = x0, cond
         if recipe.augment is not None:
-            x0, augment_labels = recipe.augment(sample_keys(key, step, "critic/augment", index), x0)
-            cond = cond._replace(augment_labels=augment_labels)
-        noise, level = _noise(recipe, role, key, step, "critic", index)
-        fake = role.network.bind(params, dropout_keys=_dropout_keys(role, key, step, "critic/dropout", index))
-        return critic_loss(Nets(fake=fake), x0, noise, level, cond)
+            noised, augment_labels = recipe.augment(sample_keys(key, step, "critic/augment", index), x0)
+            scored_cond = cond._replace(augment_labels=augment_labels)
+        scored = draw_noise(recipe, role.noise, key, step, "critic", index)
+        fake = role.network.bind(params["fake_score"], dropout_keys=_dropout_keys(role, key, step, "critic/dropout", index))
+        value, metrics = critic_loss(Nets(fake=fake), noised, *scored, scored_cond)
+        if gan is None:
+            return value, metrics
+        discriminate = discriminator(recipe, params["fake_score"], teacher_params, params["discriminator"])
+        fake_noise, real_noise = (_judged_noise(recipe, scored, role.noise, key, step, "critic", index, real=real)
+                                  for real in (False, True))
+        real_cond = Cond(class_labels=one_hot(part["class"], recipe.label_dim))
+        gan_value, gan_metrics = adversarial.discriminator_loss(
+            discriminate, x0, part["image"], fake_noise[0], real_noise[0], fake_noise[1], real_noise[1], cond, real_cond, clamp=gan.clamp)
+        weight = gan.critic_weight if gan.critic_weighting is None else gan.critic_weight * gan.critic_weighting(fake_noise[1].sigma)
+        return value + weight * gan_value, {**metrics, "denoising_loss": value, "discriminator/loss": gan_value,
+                                                       **{f"discriminator/{name}": v for name, v in gan_metrics.items()}}
 
-    metrics, grads = _gradient(recipe, role, loss, state.fake_score.params, rows)
-    return _apply(recipe, role, state.fake_score, grads), {**metrics, "grad_norm": optax.global_norm(grads)}
+    roles = {"fake_score": role} | ({} if gan is None else {"discriminator": gan.role})
+    states = {name: getattr(state, name) for name in roles}
+    metrics, grads = _gradient(recipe, roles, loss, {name: one.params for name, one in states.items()}, _rows(recipe, batch))
+    metrics["grad_norm"] = optax.global_norm(grads["fake_score"])
+    if gan is not None:
+        metrics["discriminator/grad_norm"] = optax.global_norm(grads["discriminator"])
+    moved = {name: _apply(recipe, roles[name], states[name], grads[name]) for name in roles}
+    return state.replace(**moved), metrics
 
 
-def generator_update(recipe: Recipe, state: DistillState, teacher_params: Params, key: Key) -> tuple[TrainState, Metrics]:
-    """Moves the generator by the objective's pair loss; the other networks' parameters are constants."""
-    role, step, gather = recipe.generator, state.step, recipe.layout.gather
-    fake = recipe.fake_score.network.bind(gather(state.fake_score.params))
-    teacher = recipe.teacher.bind(gather(teacher_params))
+def image_gradient(term: Callable[[Array], tuple[Array, Metrics]], x0: Array) -> tuple[Array, Metrics, Array]:
+    """Loss [B], metrics and d loss_i / d x0_i [B,H,W,C] of one term of the generator's loss."""
+
+    def total(x):
+        loss, metrics = term(x)
+        return jnp.sum(loss), (loss, metrics)
+
+    gradient, (loss, metrics) = jax.grad(total, has_aux=True)(jax.lax.stop_gradient(x0))
+    return loss, metrics, gradient
+
+
+def _length(gradient: Array) -> Array:
+    return jnp.sqrt(sum_chw(jnp.square(gradient)))
+
+
+def generator_update(recipe: Recipe, state: DistillState, teacher_params: Params, key: Key, batch: Mapping[str, Any] | None = None
+                     ) -> tuple[DistillState, Metrics]:
+    """Moves the generator by the objective's pair loss and the added terms; the other networks' parameters are constants.
+
+    Args: as of `train_step`. Returns: the state with the generator (and the objective's memory) moved, and scalar metrics.
+    """
+    role, step, gan, gather = recipe.generator, state.step, recipe.adversary, recipe.layout.gather
+    teacher, fake = score_networks(recipe, state.fake_score.params, teacher_params)
+    discriminate = gan and discriminator(recipe, *(gather(p) for p in (state.fake_score.params, teacher_params, state.discriminator.params)))
+    nets = Nets(teacher=teacher, fake=fake, discriminate=discriminate, memory=state.objective_state)
+    adversarial_weight = 0.0
+    if gan is not None and gan.weight:
+        begun = state.generator.step.astype(jnp.float32) * recipe.batch_size >= gan.start_images
+        adversarial_weight = gan.weight * begun.astype(jnp.float32)
 
     def loss(params, part):
         index = part["index"]
-        z, cond, _ = _latents(recipe, key, step, "generator", index)
-        dropout_keys = _dropout_keys(role, key, step, "generator/dropout", index)
-        x0 = generate(role.network, params, z, cond, sigma_init=recipe.sigma_init, dropout_keys=dropout_keys)
-        noise, level = _noise(recipe, role, key, step, "generator", index)
-        return recipe.objective.pair_loss(Nets(teacher=teacher, fake=fake), x0, noise, level, cond)
+        x0, cond = generate(recipe, params["generator"], key, step, "generator", part)
+        scored = draw_noise(recipe, role.noise, key, step, "generator", index)
+        value, metrics, gradient = image_gradient(lambda x: recipe.objective.pair_loss(nets, x, *scored, cond), x0)
+        metrics = {**metrics, "image_gradient": _length(gradient)}
+        if gan is not None and gan.weight:
+            judged = _judged_noise(recipe, scored, role.noise, key, step, "generator", index, real=False)
+            term, term_metrics, pull = image_gradient(
+                lambda x: adversarial.generator_loss(discriminate, x, *judged, cond, clamp=gan.clamp), x0)
+            metrics |= {"gan_loss": term, "gan_image_gradient": _length(adversarial_weight * pull),
+                        **{f"gan_{name}": v for name, v in term_metrics.items()}}
+            value, gradient = value + adversarial_weight * term, gradient + adversarial_weight * pull
+        # Worth `value`, with the gradient that the terms have at the image.
+        value = value + sum_chw(jax.lax.stop_gradient(gradient) * (x0 - jax.lax.stop_gradient(x0)))
+        if recipe.regression is not None:
+            term, term_metrics = _regression(recipe, params["generator"], teacher_params, part["pair"])
+            value, metrics = value + recipe.regression.weight * term, metrics | {"regression_loss": term} | term_metrics
+        return value, metrics
 
-    rows = {"index": recipe.layout.split(jnp.arange(recipe.batch_size, dtype=jnp.uint32))}
-    metrics, grads = _gradient(recipe, role, loss, state.generator.params, rows)
-    return _apply(recipe, role, state.generator, grads), {**metrics, "grad_norm": optax.global_norm(grads)}
+    metrics, grads = _gradient(recipe, {"generator": role}, loss, {"generator": state.generator.params}, _rows(recipe, batch))
+    metrics["grad_norm"] = optax.global_norm(grads["generator"])
+    if "gan_image_gradient" in metrics:
+        metrics["gan_gradient_ratio"] = metrics["gan_image_gradient"] / jnp.maximum(metrics["image_gradient"], 1e-20)
+    memory = {name.removeprefix(MEMORY): metrics.pop(name) for name in sorted(metrics) if name.startswith(MEMORY)}
+    new = state.replace(generator=_apply(recipe, role, state.generator, grads["generator"]))
+    if recipe.objective.update_memory is not None:
+        new = new.replace(objective_state=recipe.objective.update_memory(state.objective_state, memory))
+    return new, metrics
 
 
-def train_step(recipe: Recipe, state: DistillState, teacher_params: Params | None, key: Key, batch: Mapping[str, Array] | None = None,
-               *, update_generator: bool = True) -> tuple[DistillState, Metrics]:
+def _regression(recipe: Recipe, params: Params, teacher_params: Params, pair: Mapping[str, Array]) -> tuple[Array, Metrics]:
+    """The generator's one-step images of the pairs' noise against the teacher's samples from it."""
+    cond = Cond(class_labels=one_hot(pair["label"], recipe.label_dim))
+    z = recipe.layout.split(recipe.regression.noise(pair["index"]))
+    told = jnp.full(z.shape[:1], recipe.plan.told(0), z.dtype)
+    x0 = recipe.generator.network.bind(params)(recipe.plan.sigmas[0] * z, told, cond)
+    clean = jnp.full(z.shape[:1], recipe.teacher.precond.sigma_min, z.dtype)
+    return recipe.regression.loss(x0, pair["image"], features=lambda x: recipe.teacher.features(
+        recipe.layout.gather(teacher_params), x, clean, cond, resolutions=recipe.regression.resolutions))
+
+
+def train_step(recipe: Recipe, state: DistillState, teacher_params: Params | None, key: Key, batch: Mapping[str, Any] | None = None,
+               *, update_critic: bool = True, update_generator: bool = True) -> tuple[DistillState, Metrics]:
     """One iteration: the critic, then (where it is the generator's turn) the generator against the moved critic.
 
     Args:
@@ -220,17 +292,18 @@ def train_step(recipe: Recipe, state: DistillState, teacher_params: Params | Non
       state: donated by the caller.
       teacher_params: not donated, constant.
       key: the run's key; the iteration's keys are folded from it and `state.step`.
-      batch: {"image": [B,H,W,C] in [-1, 1], "label": [B] int32} where the method needs data.
-      update_generator: static; False on the iterations that only the critic takes.
+      batch: {"image": [B,H,W,C] in [-1, 1], "label": [B] int32} where the method needs data, {"pair": {"index", "image", "label"}} where
+        it needs the teacher's pairs.
+      update_critic, update_generator: static; which of the two move.
     Returns: the next state and scalar metrics, named "role/name".
     """
-    images, classes = (None, None) if batch is None else (batch["image"], batch["label"])
-    fake_score, critic_metrics = critic_update(recipe, state, key, images, classes)
-    critic_name = "denoiser" if recipe.generator is None else "fake_score"
-    metrics = {f"{critic_name}/{name}": value for name, value in critic_metrics.items()}
-    new = state.replace(fake_score=fake_score)
+    metrics = {}
+    new = state
+    if update_critic:
+        new, critic_metrics = critic_update(recipe, new, teacher_params, key, batch)
+        critic = "denoiser" if recipe.generator is None else "fake_score"
+        metrics |= {name if name.startswith("discriminator/") else f"{critic}/{name}": v for name, v in critic_metrics.items()}
     if recipe.generator is not None and update_generator:
-        generator, generator_metrics = generator_update(recipe, new, teacher_params, key)
+        new, generator_metrics = generator_update(recipe, new, teacher_params, key, batch)
         metrics |= {f"generator/{name}": value for name, value in generator_metrics.items()}
-        new = new.replace(generator=generator)
     return new.replace(step=state.step + 1), metrics

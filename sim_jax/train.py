@@ -21,7 +21,7 @@ import numpy as np
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
-from sim_jax import checkpoint, files, optim, probes, sharding, showcase, steps
+from sim_jax import checkpoint, files, optim, pairs, probes, sharding, showcase, steps
 from sim_jax import experiment as experiments
 from sim_jax.data import images as image_data
 from sim_jax.data import pipeline
@@ -53,7 +53,7 @@ def run(config: ConfigDict, workdir: str | pathlib.Path, *, command: str = "", o
     main_process = jax.process_index() == 0
     workdir = _claim(pathlib.Path(workdir), experiment, command, overrides, write=main_process)
     bar = ProgressBar(experiment.total_steps, description=workdir.name, images_per_step=config.batch_size, enabled=main_process,
-                      figures=("generator/loss", "fake_score/loss", "denoiser/loss", "fd/generator"))
+                      figures=("generator/loss", "fake_score/loss", "discriminator/loss", "denoiser/loss", "fd/generator"))
 
     with checkpoint.Checkpoints(workdir / "checkpoints", keep=config.run.keep) as checkpoints, _Signals() as signals:
         # States: the newest checkpoint, or a fresh start.
@@ -74,7 +74,8 @@ def run(config: ConfigDict, workdir: str | pathlib.Path, *, command: str = "", o
 
         with MetricWriter(workdir, start_step=first, enabled=main_process) as writer:
             show = showcase.Showcase(experiment, workdir, writer, teacher_params)
-            code, state = _loop(experiment, state, teacher_params, first, clock, checkpoints, writer, bar, show, signals)
+            drawn = draw_pairs(experiment, workdir, teacher_params, bar)
+            code, state = _loop(experiment, state, teacher_params, drawn, first, clock, checkpoints, writer, bar, show, signals)
             if code:
                 return code
             signals.all_is_saved = True
@@ -87,31 +88,28 @@ def run(config: ConfigDict, workdir: str | pathlib.Path, *, command: str = "", o
     return 0
 
 
-def _loop(experiment: Experiment, state, teacher_params, first: int, clock: Clock, checkpoints, writer: MetricWriter,
+def _loop(experiment: Experiment, state, teacher_params, drawn: dict[str, np.ndarray] | None, first: int, clock: Clock, checkpoints, writer: MetricWriter,
           bar: ProgressBar, show: showcase.Showcase, signals: _Signals) -> tuple[int, Any]:
     """Iterations `first` to the end. Returns (exit code or 0, state)."""
     config, recipe = experiment.config, experiment.recipe
     every, total = config.run, experiment.total_steps
     key = jax.random.key(config.seed)
-    replicated = recipe.layout.replicated
-    step_fn = jax.jit(functools.partial(steps.train_step, recipe), donate_argnums=0, static_argnames="update_generator",
-                      out_shardings=(experiment.shardings, replicated))
+    replicated, step_fn = recipe.layout.replicated, make_step(experiment)
     probe_fn, probe_key = None, jax.random.key(config.seed + 1)
     if experiment.distils:
-        noise = {k: v for k, v in config.generator.noise.to_dict().items() if v is not None}
-        levels = probes.probe_levels(noise.pop("name"), **noise)
+        levels = probes.run_levels(config.generator.noise)
         probe_fn = jax.jit(probes.make_probe(recipe, levels, count=_probe_count(experiment)), out_shardings=replicated)
     largest_fn = jax.jit(_largest, out_shardings=replicated)
     block = jax.default_backend() == "cpu"  # programs that queue up on fake devices deadlock
 
-    batches = _batches(experiment, first)
+    batches = make_batches(experiment, first, drawn)
     if first < total:
         bar.note(f"{experiment.trained.network.num_params():,} parameters on {device_name()}; compiling the first step")
     if first == 0:
         show.samples(0, state)
     last_loss = None
     for step in range(first, total):
-        state, metrics = step_fn(state, teacher_params, key, next(batches), update_generator=experiment.updates_generator(step))
+        state, metrics = step_fn(state, teacher_params, key, next(batches), **experiment.turns(step))
         done = step + 1
         if block or step == first:
             jax.block_until_ready(metrics)
@@ -157,7 +155,7 @@ def _probe_count(experiment: Experiment) -> int:
 
 def _largest(state) -> jax.Array:
     """The largest magnitude among the networks' parameters; NaN if there is one."""
-    trained = [network.params for network in (state.generator, state.fake_score) if network is not None]
+    trained = [network.params for network in (state.generator, state.fake_score, state.discriminator) if network is not None]
     return jnp.max(jnp.stack([jnp.max(jnp.abs(leaf)) for leaf in jax.tree.leaves(trained)]))
 
 
@@ -169,17 +167,40 @@ def _stop_if_diverged(metrics: dict[str, Any] | None, step: int) -> None:
                                      "intact, lower the learning rate or start from it with another seed")
 
 
-def _batches(experiment: Experiment, first: int) -> Iterator[dict[str, jax.Array] | None]:
+def make_step(experiment: Experiment):
+    """The jitted training iteration: (state, teacher_params, key, batch, *, update_critic, update_generator) -> (state, metrics)."""
+    return jax.jit(functools.partial(steps.train_step, experiment.recipe), donate_argnums=0,
+                   static_argnames=("update_critic", "update_generator"), out_shardings=(experiment.shardings, experiment.layout.replicated))
+
+
+def draw_pairs(experiment: Experiment, workdir: pathlib.Path, teacher_params, bar: ProgressBar) -> dict[str, np.ndarray] | None:
+    """The teacher's pairs of a regression term, None without one."""
+    if experiment.recipe.regression is None:
+        return None
+    config, latents = experiment.config, experiment.latents()
+    bar.note(f"{config.regression.num_pairs} pairs of the teacher: {workdir / pairs.FILE_NAME}")
+    return pairs.open_pairs(workdir, count=config.regression.num_pairs, seed=config.seed, network=experiment.recipe.teacher,
+                            params=teacher_params, spec=experiment.teacher_sampler(), latents=latents, layout=experiment.layout,
+                            batch_per_device=config.run.batch_per_device)
+
+
+def make_batches(experiment: Experiment, first: int, drawn: dict[str, np.ndarray] | None) -> Iterator[dict[str, Any] | None]:
     """Global device arrays from this process's share of each batch; None for ever in a data-free run."""
-    if experiment.source is None:
-        yield from itertools.repeat(None)
-        return
     config, layout = experiment.config, experiment.layout
-    local = pipeline.make_batches(
-        experiment.source, seed=config.seed, batch_size=config.batch_size, start_step=first, process_index=jax.process_index(),
-        process_count=jax.process_count(), num_threads=config.run.data_threads)
-    for batch in local:
-        yield {name: jax.make_array_from_process_local_data(layout.batch, batch[name]) for name in ("image", "label")}
+    where = dict(seed=config.seed, batch_size=config.batch_size, start_step=first, process_index=jax.process_index(),
+                 process_count=jax.process_count())
+    images = pair_batches = itertools.repeat(None)
+    if experiment.source is not None:
+        images = pipeline.make_batches(experiment.source, **where, num_threads=config.run.data_threads)
+    if drawn is not None:
+        pair_batches = pairs.batches(drawn, **where)
+
+    def place(batch):
+        return {name: jax.make_array_from_process_local_data(layout.batch, batch[name]) for name in ("index", "image", "label") if name in batch}
+
+    for batch, pair in zip(images, pair_batches):
+        given = ({} if batch is None else place({"image": batch["image"], "label": batch["label"]}))
+        yield (given | ({} if pair is None else {"pair": place(pair)})) or None
 
 
 class _Signals:

@@ -52,6 +52,13 @@ class PixelNetwork(networks.Network):
         keys = jax.random.split(key, len(shapes))
         return {name: {"weight": jax.random.normal(k, shape) / shape[0] ** 0.5} for k, (name, shape) in zip(keys, shapes.items())}
 
+    def feature_shapes(self, resolutions=()):
+        return [(1, 1, 16)]
+
+    def features(self, params, x, sigma, cond=Cond(), *, resolutions=(), dropout_keys=None):
+        flat = x.reshape(x.shape[0], -1) / jnp.sqrt(sigma[:, None] ** 2 + 0.25)
+        return [jnp.tanh(flat @ params["enc"]["weight"])[:, None, None]]
+
     def denoise(self, params, x, sigma, cond=Cond(), *, dropout_keys=None):
         flat, s = x.reshape(x.shape[0], -1), sigma[:, None]
         labels = [cond.class_labels, jnp.zeros((len(x), self.augment_dim)) if cond.augment_labels is None else cond.augment_labels]

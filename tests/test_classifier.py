@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from sim_jax import images as image_files
 from sim_jax.data import digits
+from sim_jax.data.images import open_images
 from sim_jax.evals import features as features_lib
-from sim_jax.evals import train_classifier
+from sim_jax.evals import streams, train_classifier
 from sim_jax.models.classifier import DigitsClassifier
 
 
@@ -36,6 +38,27 @@ def test_the_asset_knows_the_digits_and_says_how_it_was_made(extractor, real):
     assert metadata["command"].startswith("python -m sim_jax.evals.train_classifier --steps=")
     assert {"seed", "versions", "folds", "digits"} <= metadata.keys() and "jax==" in metadata["versions"]
     assert features_lib.DIGITS_CLASSIFIER.stat().st_size < 300_000
+
+
+def test_the_mnist_asset_knows_its_digits_and_says_how_it_was_made(shared_dir):
+    _, metadata = features_lib.load_classifier(features_lib.MNIST_CLASSIFIER)
+    assert float(metadata["held_out_accuracy"]) >= 0.985 and metadata["held_out"] == "10000" and metadata["image_shape"] == "[28, 28, 1]"
+    assert metadata["command"].startswith("python -m sim_jax.evals.train_classifier --data=mnist-28x28.zip --steps=")
+    assert features_lib.MNIST_CLASSIFIER.stat().st_size <= 1_000_000
+    path = shared_dir / "data" / "mnist-28x28.zip"
+    if not path.is_file():
+        pytest.skip(f"no {path.name} in the shared data")
+    stream = streams.open_stream(str(path))
+    assert stream.count == int(metadata["images"])
+    # The images that the training did not see, by its own rule.
+    unseen = np.sort(np.random.default_rng(int(metadata["seed"])).permutation(stream.count)[:int(metadata["held_out"])])[:1500]
+    source = open_images(path, cache_bytes=0)
+    images = np.stack([source[int(i)]["image"] for i in unseen])
+    features, probabilities = features_lib.open_features("mnist")(images)
+    assert (probabilities.argmax(axis=1) == source.labels[unseen]).mean() >= 0.985
+    assert np.var(features, axis=0).mean() == pytest.approx(1.0, abs=0.1)
+    with pytest.raises(ValueError, match=r"got uint8 32x32x1, allowed: uint8 \[N,28,28,1\]"):
+        features_lib.mnist_features()(np.zeros((2, 32, 32, 1), np.uint8))
 
 
 def test_features_are_in_units_of_the_digits_spread(extractor, real):
@@ -136,7 +159,23 @@ def test_the_script_writes_what_the_extractor_reads(tmp_path, capsys):
     assert features_lib.digits_features(out).identifier == first   # a function of the seed
 
 
-@pytest.mark.parametrize("flag", ["--folds=1", "--steps=0", "--learning_rate=nan"])
+def test_the_script_trains_on_a_data_set_and_judges_by_what_it_held_out(tmp_path, capsys, real):
+    image_files.save_samples(tmp_path / "data.zip", real.images[:300], real.labels[:300])
+    out = tmp_path / "classifier.safetensors"
+    flags = [f"--out={out}", f"--data={tmp_path / 'data.zip'}", "--steps=60", "--batch_size=64"]
+    assert train_classifier.main([*flags, "--held_out=100"]) == 0
+    assert "(100 images)" in capsys.readouterr().out
+    params, metadata = features_lib.load_classifier(out)
+    unseen = np.sort(np.random.default_rng(0).permutation(300)[:100])
+    scaled = real.images[:300].astype(np.float32) / 127.5 - 1.0
+    judged = train_classifier.accuracy(DigitsClassifier(), params, scaled[unseen], real.labels[unseen])
+    assert float(metadata["held_out_accuracy"]) == pytest.approx(judged, abs=1e-4)   # of the very weights that were written
+    assert "--data=data.zip" in metadata["command"] and str(tmp_path) not in str(metadata) and "folds" not in metadata
+    assert train_classifier.main([*flags, "--held_out=300"]) == 2
+    assert "held_out: got 300, allowed: fewer than the 300 images" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--folds=1", "--steps=0", "--learning_rate=nan", "--held_out=0"])
 def test_the_script_refuses_bad_numbers(tmp_path, capsys, flag):
     assert train_classifier.main([f"--out={tmp_path / 'x'}", flag]) == 2
     message = capsys.readouterr().err

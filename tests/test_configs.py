@@ -31,12 +31,12 @@ def _trace(config, built: experiment.Experiment) -> None:
     recipe = dataclasses.replace(built.recipe, loop="scan")  # one micro-batch is traced instead of all of them
     teacher = None if built.teacher is None else built.teacher.params
     batch = None
-    if not built.distils:
+    if not built.distils or recipe.adversary:
         shape = (config.batch_size, *built.trained.network.image_shape)
         batch = {"image": jax.ShapeDtypeStruct(shape, "float32"), "label": jax.ShapeDtypeStruct(shape[:1], "int32")}
-    for update in sorted({built.updates_generator(step) for step in range(config.fake_score.updates)}):
+    for turns in {tuple(built.turns(built.start_steps + step).items()) for step in range(config.fake_score.updates)}:
         new, metrics = jax.eval_shape(
-            lambda *args: steps.train_step(recipe, *args, update_generator=update), built.shapes, teacher, jax.random.key(0), batch)
+            lambda *args: steps.train_step(recipe, *args, **dict(turns)), built.shapes, teacher, jax.random.key(0), batch)
         assert jax.tree.map(lambda a: (a.shape, a.dtype), new) == jax.tree.map(lambda a: (a.shape, a.dtype), built.shapes)
         assert all(value.shape == () for value in metrics.values())
         assert any(name.endswith("/loss") for name in metrics)

@@ -283,7 +283,7 @@ def test_descriptions():
     assert networks.differences(TINY, {**TINY, "sigma_data": 0.7}) == ["sigma_data: 0.5 != 0.7"]
     for change, message in (
             ({"model_type": "SongUNet"}, "network.model_type: got 'SongUNet' with precond 'Precond', allowed: EDM2UNet"),
-            ({"model_type": "UNet"}, "network.model_type: got 'UNet', allowed: DhariwalUNet, SongUNet, EDM2UNet"),
+            ({"model_type": "UNet"}, "network.model_type: got 'UNet', allowed: DhariwalUNet, SongUNet, MLP, EDM2UNet, GaussianMixture"),
             ({"precond": "EDM2"}, "network.precond: got 'EDM2', allowed: EDMPrecond, .*, Precond"),
             ({"augment_dim": 9}, "network.augment_dim: unknown"), ({"res_balnce": 0.1}, "did you mean 'res_balance'"),
             ({"label_balance": 1.5}, "network.label_balance: got 1.5, allowed: from 0 to 1"),

@@ -10,7 +10,7 @@ import pytest
 import runs
 import sim_jax
 from PIL import Image
-from sim_jax import export, load, metrics, sample
+from sim_jax import config_file, export, load, metrics, sample
 from sim_jax.data import images as image_data
 
 STEPS, KIMG = 8, 0.128
@@ -157,7 +157,7 @@ def test_real_images_train_a_teacher(shared_dir, tmp_path):
 def test_the_shipped_teacher_is_the_one_that_the_quick_start_asks_for():
     from sim_jax import main, networks
 
-    config = main._load_config(str(runs.ROOT / "configs" / "digits.py"))
+    config = config_file.load(str(runs.ROOT / "configs" / "digits.py"))
     loaded = load.load("builtin:digits")
     assert config.teacher.path == "builtin:digits"
     assert networks.differences(loaded.network.spec, config.network.to_dict()) == []

@@ -150,3 +150,14 @@ def test_statistics_refuse_what_they_cannot_use():
         frechet.merge_statistics(good, frechet.feature_statistics(np.zeros((1, 3))))
     with pytest.raises(ValueError, match=r"\[N,F\]"):
         frechet.feature_statistics(np.zeros(4))
+
+
+def test_a_gaussian_is_factored_once_and_gives_the_same(monkeypatch):
+    rng = np.random.default_rng(11)
+    a, b = (frechet.gaussian(frechet.feature_statistics(rng.standard_normal((n, 8)) * s)) for n, s in ((40, 1.0), (5, 2.0)))
+    expected = frechet.frechet_distance(a.mean, a.covariance, b.mean, b.covariance)
+    np.testing.assert_allclose(np.sort(a.eigenvalues), np.linalg.eigvalsh(a.covariance), rtol=1e-10)
+    assert len(b.eigenvalues) == 4 and b.count == 5        # 5 samples span 4 dimensions about their mean
+    assert frechet.distance(a, b) == expected
+    monkeypatch.setattr(np.linalg, "eigh", None)
+    assert frechet.distance(a, b) == expected

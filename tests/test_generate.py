@@ -10,13 +10,14 @@ import tiny
 
 from sim_jax import images, networks, sharding
 from sim_jax.diffusion import samplers
+from sim_jax.diffusion.samplers import FewStep
 from sim_jax.evals.generate import ImageSampler, Latents, SamplerSpec
 from sim_jax.types import Cond
 
 NET, QUICK = tiny.network(), tiny.PixelNet(size=8)   # the second compiles fast, for what takes many programs
 PARAMS = {net: tiny.random_params(net.shapes(), 4) for net in (NET, QUICK)}
 LATENTS = Latents(NET.image_shape, NET.label_dim)
-ONE_STEP, HEUN = SamplerSpec(sigma_init=2.5), SamplerSpec(num_steps=3)
+ONE_STEP, HEUN = SamplerSpec(few_step=FewStep((2.5,))), SamplerSpec(num_steps=3)
 CHURN = SamplerSpec(num_steps=3, S_churn=2.0)
 
 

@@ -6,13 +6,13 @@ The table below lists, room by room, what of the package a room may import. It i
 - `convert` may use `networks` (a state dict says which network it is for) and `param_table`, which is what turns names into trees.
 - `files`, `tensor_file`, `progress`, `images`, `randomness` and `param_table` are leaves beside `types`: everybody may write a file
   atomically.
-- `experiment` is the only module that sees both the config and everything static, and `showcase` and `train` are the entry point's
-  own helpers: they may import everything except entry points. `load` is what entry points share to find weights.
-- `train` counts as an entry point whose only importer is `main`.
+- `experiment` and its `recipes` are the only modules that see both the config and everything static, and `showcase`, its `views` and
+  `train` are the entry point's own helpers: they may import everything except entry points. `load` is what entry points share to find weights.
+- `train` counts as an entry point whose only importers are `main` and `table`, which makes its steps.
 - `evals` may use `data` (the digits are a reference set), `models` (features), and what drawing images takes: `networks`, `sharding`,
   `randomness`, `diffusion`. What nobody below the entry points may touch is `objectives`: a new method must not be able to break them.
 - flax.linen (that is, networks) stays under models/; `flax.struct` and `flax.traverse_util` are data structures and go anywhere.
-- ml_collections is for configs/, for entry points and for `experiment`; all else takes plain keyword arguments.
+- ml_collections is for configs/, for entry points, `config_file`, `experiment` and `recipes`; all else takes plain keyword arguments.
 """
 
 from __future__ import annotations
@@ -44,37 +44,45 @@ ALLOWED = {
     "diffusion": {"types"},
     "objectives": {"types", "diffusion"},
     "networks": {"types", "models", "diffusion"},
+    "discriminator": {"types", "models", "networks", "param_table"},
     "convert": {"types", "files", "networks", "param_table", "diffusion", "tensor_file"},
     "data": LEAVES,
     "state": {"types"},
     "optim": {"types"},
     "sharding": {"types"},
     "checkpoint": {"types", "files"},
-    "config_checks": {"optim", "data", "diffusion"},
+    "config_checks": {"optim", "data", "diffusion", "recipe", "rollout"},
+    "config_file": set(),
+    "recipe": {"types", "networks", "diffusion", "discriminator", "sharding", "objectives.base"},
+    "rollout": {"types", "networks", "diffusion"},
+    "pairs": LEAVES | {"data", "evals", "networks", "sharding"},
     "metrics": LEAVES,
     "report": {"files", "images", "progress", "report_curves", "report_style"},
     "report_curves": set(),
     "report_style": set(),
+    "comparison": {"images", "report_style"},
+    "sampler_flags": {"checkpoint", "diffusion", "evals", "load"},
     "weights": LEAVES | {"networks", "checkpoint", "convert"},
     "evals": LEAVES | {"data", "models", "diffusion", "networks", "sharding", "images", "randomness"},
     "load": LEAVES | {"checkpoint", "networks", "optim", "sharding", "weights", "data", "evals", "diffusion"},
-    "steps": {"types", "state", "optim", "networks", "sharding", "randomness", "data", "diffusion", "objectives.base"},
-    "probes": {"types", "state", "steps", "data", "diffusion", "randomness"},
+    "steps": {"types", "state", "optim", "recipe", "rollout", "randomness", "data", "diffusion", "objectives.base", "objectives.adversarial"},
+    "probes": {"types", "state", "steps", "recipe", "data", "diffusion", "randomness", "objectives.base"},
+    "panels": {"types", "state", "steps", "probes", "recipe", "data", "images", "objectives.base", "objectives.adversarial"},
 }
-ENTRY_POINTS = {"main", "train", "sample", "export", "evaluate", "plan", "benchmark", "evals.train_classifier", "convert.__main__"}
+ENTRY_POINTS = {"main", "train", "analytic", "sample", "export", "evaluate", "plan", "benchmark", "table", "evals.train_classifier", "convert.__main__"}
 # what these may import beyond ALLOWED: everything but entry points
-SEE_EVERYTHING = ENTRY_POINTS | {"experiment", "showcase", "__init__"}
-MAY_IMPORT_ENTRY = {"main": {"train"}}
+SEE_EVERYTHING = ENTRY_POINTS | {"experiment", "recipes", "showcase", "views", "__init__"}
+MAY_IMPORT_ENTRY = {"main": {"train"}, "table": {"train"}}
 # outside packages that belong to certain rooms
 THIRD_PARTY = {
     "flax.linen": {"models"},
     "torch": {"convert.torch_state"},
-    "ml_collections": ENTRY_POINTS | {"experiment", "networks"},
+    "ml_collections": ENTRY_POINTS | {"experiment", "recipes", "config_file", "networks"},
     "absl": ENTRY_POINTS,
     "tensorflow_datasets": {"data"},
     "grain": {"data"},
     "orbax": {"checkpoint"},
-    "matplotlib": {"report_curves"},
+    "matplotlib": {"report_curves", "panels", "views"},
 }
 
 
@@ -151,7 +159,7 @@ def test_the_table_itself_has_no_cycle():
 
 def test_only_the_named_rooms_see_objectives():
     users = {m for m, path in MODULES.items() if any(_permitted(i, {"objectives"}) for i in _inner(path))}
-    assert users <= {"steps", "experiment"} | {m for m in MODULES if m.startswith("objectives")}, users
+    assert users <= {"steps", "experiment", "recipe", "recipes", "probes", "panels"} | {m for m in MODULES if m.startswith("objectives")}, users
     assert {"steps", "experiment"} <= users  # or this test looks at nothing
 
 
@@ -177,7 +185,7 @@ def test_nothing_touches_a_device_before_it_is_asked_to():
 def test_no_file_names_a_place_on_somebody_s_machine():
     place = re.compile(r"""(?<![\w.])/(?:work|home|root|Users|mnt)/\w""")
     suffixes = {".py", ".md", ".toml", ".yaml", ".yml", ".sh", ".ipynb", ".cfg", ".txt", ".json", ".html", ""}
-    hidden = {".git", ".venv", "__pycache__", ".pytest_cache", "runs", "teachers", "build", "dist"}
+    hidden = {".git", ".venv", ".ruff_cache", "__pycache__", ".pytest_cache", "runs", "teachers", "build", "dist"}
     for path in ROOT.rglob("*"):
         if not path.is_file() or path.suffix not in suffixes or hidden & set(path.relative_to(ROOT).parts):
             continue

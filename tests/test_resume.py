@@ -206,3 +206,23 @@ def test_divergence_ends_with_one_line_and_leaves_the_last_checkpoint(overrides,
     assert saved, "no checkpoint before the end"
     state = runs.saved_state(tmp_path / "run", saved[-1])
     assert all(np.isfinite(array).all() for name, array in state.items() if "/params/" in name)
+
+
+def test_every_term_resumes(overrides, tmp_path, monkeypatch):
+    """Discriminator, objective memory, teacher's pairs and two steps: stopped once, and continued, the run ends bit for bit as it would."""
+    terms = ("--config.data.name=digits", "--config.gan.weight=0.01", "--config.gan.features=teacher", "--config.regression.weight=0.1",
+             "--config.regression.distance=squared_l2", "--config.regression.num_pairs=20", "--config.run.panel_images=0",
+             "--config.fake_score.updates=2", "--config.fake_score.turns=other", "--config.objective.ratio_ema_rate=0.5")
+    command = ("digits.py:f_distill,2", *(o for o in overrides if "max_batch" not in o), *terms)
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    assert runs.train(command[0], straight, *command[1:]) == 0
+    with monkeypatch.context() as patch:
+        _stop_at(patch, [3], signal.SIGTERM)
+        assert runs.train(command[0], stopped, *command[1:]) == 143
+    (stopped / "pairs.npz").unlink()                       # drawn again, the same
+    assert runs.train(command[0], stopped, *command[1:]) == 0
+    _assert_same_end(stopped, straight, 16)
+    state = runs.saved_state(straight, 16)
+    assert any(name.startswith("discriminator/params") for name in state) and any(name.startswith("objective_state") for name in state)
+    report = json.loads((straight / "report.json").read_text())
+    assert report["generator"]["calls"] == 2

@@ -222,7 +222,7 @@ def test_one_program_serves_every_step(sampler, programs):
 @pytest.mark.parametrize("sampler", samplers.SAMPLERS)
 def test_one_step_of_any_sampler_is_the_one_step_generator(sampler):
     z = noise()
-    expected = samplers.one_step(teacher, z, Cond(), sigma_init=2.5)
+    expected = samplers.few_step(teacher, z, (), Cond(), plan=samplers.FewStep((2.5,)))
     np.testing.assert_allclose(expected, MU + V / (V + 6.25) * (2.5 * z - MU), rtol=1e-6)
     out = samplers.sample(teacher, z, Cond(), sampler=sampler, num_steps=1, sigma_max=2.5)
     np.testing.assert_allclose(out, expected, rtol=1e-6)

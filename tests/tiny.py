@@ -122,7 +122,7 @@ def placed(net, *, devices: int, mesh: str = "data:-1", rules=((".*", "replicate
     made = recipe(net, layout=layout, shardings=shardings, **kwargs)
     teacher = random_params(net.shapes(), 3)
     teacher = sharding.place(teacher, sharding.tree_shardings(teacher, layout.mesh, ((".*", "replicate"),)))
-    step = jax.jit(functools.partial(steps.train_step, made), donate_argnums=0, static_argnames="update_generator",
+    step = jax.jit(functools.partial(steps.train_step, made), donate_argnums=0, static_argnames=("update_critic", "update_generator"),
                    out_shardings=(shardings, layout.replicated))
     return made, sharding.place(state, shardings), teacher, step
 
