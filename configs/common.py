@@ -117,7 +117,10 @@ def get_config(method: str = "sim") -> ConfigDict:
         probe_images=64,                      # images per noise level in a probe
         panel_images=8,                       # columns of the training panels; 0: none
         eval_images=5000,                     # images of a Frechet distance
-        features="none",                      # what it is measured in: "digits" or "none"
+        features="none",                      # what it is measured in: digits, mnist, the directory of a converted Inception network, or none
+        metrics=("fd", "class", "pr", "floor"),  # of sim_jax.evals.figures; measured at eval_every and at the end
+        reference=placeholder(str),           # digits, a zip, folder or .npz; None: digits for those features, else data.path
+        best="fd",                            # the generator with the lowest of this is kept as best.safetensors; "": none
         batch_per_device=128,                 # while sampling
         data_threads=2,                       # that read images ahead
     ))

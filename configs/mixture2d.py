@@ -33,8 +33,9 @@ def get_config(arg=None):
     for section, lr in ((config.generator, 1e-3), (config.fake_score, 2e-3)):
         section.optimizer.update(lr=lr, schedule="linear", final_fraction=0.01, b1=0.0)
     config.ema.update(halflife_kimg=(50.0,), rampup=0.1)
-    config.run.update(log_every=100, probe_every=1000, sample_every=1000, save_every=2000, grid=2000, panel_images=0, batch_per_device=5000)
+    config.run.update(log_every=100, probe_every=1000, sample_every=1000, save_every=2000, grid=2000, panel_images=0, batch_per_device=5000,
+                      eval_images=20000)
     if words["size"] == "tiny":
         config.total_kimg = 20.0
-        config.run.update(log_every=10, probe_every=20, sample_every=20, save_every=20, grid=500)
+        config.run.update(log_every=10, probe_every=20, sample_every=20, save_every=20, grid=500, eval_images=1000)
     return config

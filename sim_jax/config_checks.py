@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import math
 import numbers
+import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from sim_jax import optim, recipe, rollout
-from sim_jax.data import digits
 from sim_jax.diffusion import samplers
+from sim_jax.evals import features, figures
 
 _CHOICES = {
-    "precision": ("highest", "high", "default"), "run.features": ("digits", "none"), "teacher.sampler": samplers.SAMPLERS,
+    "precision": ("highest", "high", "default"), "teacher.sampler": samplers.SAMPLERS,
     "generator.inputs": rollout.INPUTS, "fake_score.turns": ("every", "other"), "fake_score.images": recipe.IMAGES,
     "gan.features": recipe.FEATURES, "gan.pairing": recipe.PAIRINGS,
 }
@@ -59,14 +60,23 @@ def check(config: Mapping[str, Any]) -> None:
         raise ValueError(f"run.eval_images: got {values['run.eval_images']}, allowed: 0 (no evaluation) or at least 100")
 
 
-def check_features(name: str, *, resolution: int, channels: int, label_dim: int) -> None:
-    """Whether what the final figures are measured in can see images of this size and these classes."""
-    if name == "none":
+def check_measure(run: Mapping[str, Any], *, resolution: int, channels: int) -> None:
+    """Whether what the figures are measured in is there, and can see images of this size."""
+    if run["features"] == "none" or not run["eval_images"]:
         return
-    real = digits.load()
-    if (resolution, channels) != (real.resolution, real.channels) or label_dim > real.num_classes:
-        raise ValueError(f"run.features: got {name!r} for images of {resolution}x{resolution}x{channels} in {label_dim} classes, allowed "
-                         f"for {real.resolution}x{real.resolution}x{real.channels} in at most {real.num_classes}, or 'none'")
+    for key, check in (("features", lambda: features.open_features(run["features"]).check((1, resolution, resolution, channels))),
+                       ("metrics", lambda: figures.parse(run["metrics"]))):
+        try:
+            check()
+        except ValueError as error:
+            raise ValueError(f"run.{key}: {error}") from None
+    if run["best"] and run["best"] not in ("fd", "kd"):
+        raise ValueError(f"run.best: got {run['best']!r}, allowed: fd, kd, or an empty string")
+    if run["best"] and run["best"] not in figures.parse(run["metrics"]):
+        raise ValueError(f"run.best: got {run['best']!r}, which is not among run.metrics {tuple(run['metrics'])}")
+    path = run["reference"]
+    if path and path != "digits" and not pathlib.Path(path).exists():
+        raise ValueError(f"run.reference: got {path!r}, allowed: digits, or a zip, folder or .npz that exists")
 
 
 def _leaves(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

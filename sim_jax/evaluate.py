@@ -123,6 +123,7 @@ def _earlier(path: str) -> dict[str, Any]:
 
 
 def _images(args: argparse.Namespace, path: str) -> _Target:
+    from sim_jax.comparison import PREVIEW
     from sim_jax.evals import streams
 
     stream = streams.open_stream(path, num=args.num, seed=args.seed or 0, key="--compare" if args.compare else "--images")
@@ -131,7 +132,8 @@ def _images(args: argparse.Namespace, path: str) -> _Target:
         result = measure.stream(stream, **tell)
         return result._replace(protocol={"path": path, **result.protocol, "rounding": "none: the images are uint8"})
 
-    return _Target(name=path, image_shape=stream.image_shape, count=stream.count, measure=measure, preview=lambda: next(stream.read()))
+    preview = lambda: next(stream.read(PREVIEW))
+    return _Target(name=path, image_shape=stream.image_shape, count=stream.count, measure=measure, preview=preview)
 
 
 def _network(args: argparse.Namespace, workdir: str | None, weights: str | None, layout: Layout, protocol: Protocol) -> _Target:

@@ -97,8 +97,8 @@ def build(config: ConfigDict, *, devices: Sequence[Any] | None = None, with_data
     for rules in (config.sharding.rules, config.sharding.teacher_rules):
         sharding.check_rules(rules, mesh)
     spec = networks.full_spec(recipes.given(config.network))
-    config_checks.check_features(config.run.features, resolution=spec["img_resolution"], channels=spec["img_channels"],
-                                 label_dim=spec["label_dim"])
+    if spec["img_resolution"] > 1:
+        config_checks.check_measure(config.run, resolution=spec["img_resolution"], channels=spec["img_channels"])
     requirements = recipes.needs(config, objective)
     source = _source(config, spec, requirements) if with_data else None
     teacher = _teacher(config, spec, with_weights) if "teacher" in requirements else None

@@ -100,6 +100,7 @@ def main(argv: list[str] | None = None) -> int:
     def work() -> int:
         config, values, overrides = _parse(argv)
         cli.use_compilation_cache()
+        cli.keep_memory()
         cli.split_cpu()
         _start_processes(values.distributed)
         from sim_jax import train

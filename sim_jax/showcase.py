@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pathlib
 import time
 from typing import Any
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from sim_jax import images, optim, panels, probes, report, sharding, steps, views
+from sim_jax import images, load, optim, panels, probes, report, sharding, steps, views, weights
 from sim_jax import metrics as metric_files
 from sim_jax.data import pipeline
 from sim_jax.data.source import gather
@@ -21,7 +22,8 @@ from sim_jax.metrics import MetricWriter
 from sim_jax.state import DistillState, TrainState
 from sim_jax.types import Cond, Params
 
-_GRID_SEED, _EVAL_SEED = 0, 1  # pictures and figures start from different noise
+_GRID_SEED = 0  # of pictures
+BEST = "best.safetensors"
 _JUDGED = 128  # real images in the discriminator's histograms
 _FIELD_SIGMA, _FIELD_ARROWS = 0.3, 17  # of the score fields of points: noise level, arrows a side
 
@@ -54,6 +56,7 @@ class Showcase:
         count, label_dim = config.run.grid, self._latents.label_dim
         self._classes = np.arange(count) % label_dim if label_dim else np.zeros(count, np.int32)
         self._reference: np.ndarray | None = None
+        self._best = _recorded_best(workdir / BEST, config.run.best)
         self._panels = None
         if experiment.distils and config.run.panel_images and not views.is_points(experiment):
             size = recipe.layout.mesh.size
@@ -106,43 +109,58 @@ class Showcase:
             out["discriminator's logits"] = panels.histogram(seen)
         return out
 
-    def measure(self, state: DistillState) -> dict[str, float]:
-        """The figures of every average during training, by name; nothing where there is nothing to measure in."""
+    def measure(self, step: int, state: DistillState) -> dict[str, float]:
+        """The figures of every average at `step`, by name; nothing where there is nothing to measure in. Keeps the best generator."""
         if self._view.measure is None:
             return {}
-        sampler, _ = self._trained(state)
-        network = state.generator if self._experiment.distils else state.fake_score
-        role = "generator" if self._experiment.distils else "denoiser"
         out = {}
-        for name, params in (network.ema or _averages(network)).items():
-            figures = self._measured(sampler, params)
+        for name, params in self._averages(state).items():
+            figures = self._view.measure(self._trained(state)[0], params).figures
             suffix = "" if name == self._ema else f"_{name}"
-            out |= {f"{figure}/{role}{suffix}": figures[figure] for figure in self._view.figures[:2]}
-        return {name: value for name, value in out.items() if value is not None}
+            out |= {f"{figure}/{self._role}{suffix}": figures[figure] for figure in self._view.headline if figure in figures}
+            self._keep_best(step, name, params, figures)
+        return out
 
-    def _measured(self, sampler: ImageSampler, params: Params) -> dict[str, Any]:
-        return self._view.measure(*sampler(params, seed=_EVAL_SEED, count=self._experiment.config.run.eval_images))
+    @property
+    def _role(self) -> str:
+        return "generator" if self._experiment.distils else "denoiser"
+
+    def _averages(self, state: DistillState) -> dict[str, Params]:
+        network = state.generator if self._experiment.distils else state.fake_score
+        return network.ema or _averages(network)
+
+    def _keep_best(self, step: int, name: str, params: Params, figures: dict[str, Any]) -> None:
+        """Writes the weights of the lowest `run.best` so far, in the format of sim_jax.export."""
+        metric, experiment = self._experiment.config.run.best, self._experiment
+        value = figures.get(metric)
+        if not metric or value is None or not value < self._best:
+            return
+        self._best = value
+        host = sharding.to_host(params)
+        if jax.process_index() == 0:
+            info = {"step": step, "ema": name, "labels": experiment.config.labels.to_dict(), "figures": {"generator": {metric: value}},
+                    **(load.few_step_info(experiment.recipe.plan) if experiment.distils else {})}
+            weights.save_file(self._workdir / BEST, host, experiment.trained.network.spec, info)
 
     def finish(self, state: DistillState, *, seconds: float, to_first_step: float | None, **about: Any) -> dict[str, Any]:
         """Measures everything in one table and writes report.json and report.html."""
         experiment, config = self._experiment, self._experiment.config
         view, (sampler, params) = self._view, self._trained(state)
         role = "generator" if experiment.distils else "teacher"
-        rows: dict[str, dict[str, Any]] = {role: {"calls": sampler.spec.calls, **dict.fromkeys(view.figures)}}
+        rows: dict[str, dict[str, Any]] = {role: {"calls": sampler.spec.calls, **dict.fromkeys(view.headline)}}
         if experiment.distils:
-            rows["teacher"] = {"calls": self._teacher.spec.calls, **dict.fromkeys(view.figures)}
-        rows["real_halves"] = dict.fromkeys(view.figures[:1])  # promised in report.json, measured or not
-        protocol: dict[str, Any] = {"ema": self._ema, "seed": _EVAL_SEED}
+            rows["teacher"] = {"calls": self._teacher.spec.calls, **dict.fromkeys(view.headline)}
+        rows["real_halves"] = dict.fromkeys(view.headline[:1])  # promised in report.json, measured or not
+        protocol: dict[str, Any] = {"ema": self._ema, "seed": views.EVAL_SEED}
         if view.measure is not None:
             begin = time.monotonic()
-            measured = {role: self._measured(sampler, params)}
+            measured = view.measure(sampler, params)
+            self._keep_best(experiment.total_steps, self._ema, params, measured.figures)
+            rows[role] |= measured.figures
             if experiment.distils:
-                measured["teacher"] = self._measured(self._teacher, self._teacher_params)
-            for name, figures in measured.items():
-                rows[name] |= {key: figures[key] for key in view.figures}
-            among_real = view.real()
-            rows["real_halves"] = {key: value for key, value in among_real.items() if key in view.figures}
-            protocol |= views.protocol_of(measured[role])
+                rows["teacher"] |= view.measure(self._teacher, self._teacher_params).figures
+            rows["real_halves"] |= measured.real
+            protocol |= measured.protocol
             protocol["teacher_sampler"] = f"{config.teacher.sampler}, {config.teacher.num_steps} steps"
             seconds += time.monotonic() - begin
         pixels, _ = sampler(params, seed=_GRID_SEED, count=len(self._classes), classes=self._classes)
@@ -151,7 +169,7 @@ class Showcase:
             pictures["teacher"] = self._view.picture(self.reference())
         pictures |= self._progress() | self.panels(experiment.total_steps, state)
         if views.is_points(experiment) and view.measure is not None:
-            pictures["plane"] = self._plane(state, measured[role], among_real)
+            pictures["plane"] = self._plane(state, measured.figures, measured.real)
         summary = {
             **rows, "method": config.method, "steps": experiment.total_steps, "kimg": experiment.total_steps * config.batch_size / 1000,
             "protocol": protocol, "seconds": {"total": seconds, "to_first_step": to_first_step},
@@ -170,7 +188,7 @@ class Showcase:
         """Target, generator and score fields of points, in the report and as samples/plane.png."""
         experiment, side = self._experiment, np.linspace(-1, 1, _FIELD_ARROWS)
         sampler, params = self._trained(state)
-        generated, _ = sampler(params, seed=_EVAL_SEED, count=experiment.config.run.eval_images)
+        generated, _ = sampler(params, seed=views.EVAL_SEED, count=experiment.config.run.eval_images)
         where = 1.2 * np.max(np.abs(views.exact(experiment, 1000, seed=10))) * np.stack(np.meshgrid(side, side), -1).reshape(-1, 2)
         x = jnp.asarray(where, jnp.float32).reshape(-1, 1, 1, 2)
         networks = dict(zip(("teacher", "fake score"), steps.score_networks(experiment.recipe, state.fake_score.params, self._teacher_params)))
@@ -199,6 +217,13 @@ def _first_images(experiment: Experiment, count: int) -> dict[str, Any]:
     pixels, classes = gather(experiment.source, index)
     arrays = {"image": pipeline.to_float(pixels), "label": classes}
     return {name: sharding.place(array, experiment.layout.batch) for name, array in arrays.items()}
+
+
+def _recorded_best(path: pathlib.Path, metric: str) -> float:
+    """The figure that an earlier part of the run has reached; infinity for none."""
+    if not metric or not path.is_file():
+        return math.inf
+    return weights.read_header(path).get("figures", {}).get("generator", {}).get(metric, math.inf)
 
 
 def _averages(network: TrainState) -> dict[str, Params]:

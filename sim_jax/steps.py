@@ -34,6 +34,7 @@ from sim_jax.state import DistillState, TrainState
 from sim_jax.types import Array, Cond, DenoiseFn, Key, NoiseLevel, Params
 
 Metrics = dict[str, Array]
+_CLEAN = 0.002  # the noise level at which features of clean images are taken: EDM's smallest (its networks take the logarithm)
 MEMORY = "memory/"  # metrics that are not logged but handed to the objective's memory
 
 
@@ -278,7 +279,7 @@ def _regression(recipe: Recipe, params: Params, teacher_params: Params, pair: Ma
     z = recipe.layout.split(recipe.regression.noise(pair["index"]))
     told = jnp.full(z.shape[:1], recipe.plan.told(0), z.dtype)
     x0 = recipe.generator.network.bind(params)(recipe.plan.sigmas[0] * z, told, cond)
-    clean = jnp.full(z.shape[:1], recipe.teacher.precond.sigma_min, z.dtype)
+    clean = jnp.full(z.shape[:1], max(recipe.teacher.precond.sigma_min, _CLEAN), z.dtype)
     return recipe.regression.loss(x0, pair["image"], features=lambda x: recipe.teacher.features(
         recipe.layout.gather(teacher_params), x, clean, cond, resolutions=recipe.regression.resolutions))
 

@@ -13,6 +13,7 @@ import argparse
 import collections
 import dataclasses
 import json
+import math
 import pathlib
 import statistics
 import sys
@@ -109,6 +110,9 @@ def _train(row: _Row, step_fn, seed: int, workdir: pathlib.Path, bar) -> tuple[A
         jax.block_until_ready(metrics)
         begin = begin or time.monotonic()
         bar.update(step + 1, {})
+    broken = [name for name, value in metrics.items() if not math.isfinite(float(value))]
+    if broken:
+        raise FloatingPointError(f"{row.words} seed {seed}: {broken[0]} is not finite after {row.steps} iterations")
     return next(iter(state.generator.ema.values())), (time.monotonic() - begin) * row.steps / max(row.steps - 1, 1)
 
 

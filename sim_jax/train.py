@@ -124,7 +124,7 @@ def _loop(experiment: Experiment, state, teacher_params, drawn: dict[str, np.nda
                     figures |= jax.block_until_ready(probed) if block else probed
             if every.eval_every and done % every.eval_every == 0 and done < total:
                 with clock.pause():
-                    figures |= show.measure(state)
+                    figures |= show.measure(done, state)
             # One line late, so that the host never waits for the step it has just dispatched.
             _stop_if_diverged(last_loss, done - every.log_every)
             last_loss = {name: value for name, value in metrics.items() if name.endswith(("/loss", "/grad_norm"))}

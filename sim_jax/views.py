@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from sim_jax import images
 from sim_jax import metrics as metric_files
-from sim_jax.data import digits
-from sim_jax.evals import features, points, quality
+from sim_jax.evals import figures, points, runner
+from sim_jax.evals.generate import ImageSampler
 from sim_jax.experiment import Experiment
 from sim_jax.models import gaussian_mixture
+from sim_jax.types import Params
 
-IMAGE_FIGURES = ("fd", "class_agreement", "precision", "recall", "density", "coverage")
 POINT_FIGURES = ("swd", "modes", "modes_reached", "mass_error", "high_quality")
-_PROTOCOL = ("count", "reference_count", "reference", "features", "label_scheme", "noise_floor")
+EVAL_SEED = 1  # of the samples that are measured; pictures start from other noise
+
+
+class Measured(NamedTuple):
+    """figures: {name: value}; real: what the real samples show among themselves, by name; protocol: how it was measured."""
+
+    figures: dict[str, Any]
+    real: dict[str, Any]
+    protocol: dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,18 +39,16 @@ class View:
       picture: samples -> uint8 [H,W,C].
       strip: that picture, number of samples -> its part for a strip of moments.
       statistics: (samples, reference samples or None) -> figures by name, for every picture.
-      figures: the names of what `measure` gives.
-      measure: (samples, classes) -> figures and their protocol; None where there is nothing to measure in.
-      real: () -> what the real samples show among themselves, by name.
+      headline: the names of the figures that a run is judged by, the first one most.
+      measure: (sampler, its parameters) -> Measured; None where there is nothing to measure in.
     """
 
     finish: Callable[[np.ndarray], np.ndarray]
     picture: Callable[[np.ndarray], np.ndarray]
     strip: Callable[[np.ndarray, int], np.ndarray]
     statistics: Callable[..., dict[str, float]]
-    figures: tuple[str, ...]
-    measure: Callable[[np.ndarray, np.ndarray], dict[str, Any]] | None
-    real: Callable[[], dict[str, Any]]
+    headline: tuple[str, ...]
+    measure: Callable[[ImageSampler, Params], Measured] | None
 
 
 def make(experiment: Experiment) -> View:
@@ -60,30 +67,29 @@ def columns(config) -> int:
 
 
 def _images(experiment: Experiment) -> View:
-    config = experiment.config
-    extractor = features.digits_features() if config.run.features == "digits" else None
-    has_classes = experiment.trained.network.label_dim > 0
+    config, network, layout = experiment.config, experiment.trained.network, experiment.layout
+    run = config.run
+    metrics = tuple(name for name in figures.parse(run.metrics) if network.label_dim or name != "class")
 
-    def measure(pixels: np.ndarray, classes: np.ndarray) -> dict[str, Any]:
-        real = digits.load()
-        return quality.quality(pixels, classes if has_classes else None, real_images=real.images, real_labels=real.labels,
-                               features=extractor, label_scheme=config.labels.scheme)
+    @functools.cache
+    def opened() -> runner.Measure:
+        reference = run.reference or ("digits" if run.features == "digits" else config.data.path)
+        return runner.open_measure(features=run.features, metrics=metrics, reference=reference, layout=layout, image_shape=network.image_shape)
 
-    def among_real() -> dict[str, Any]:
-        real = digits.load()
-        return {"fd": quality.real_halves_fd(real.images, real.labels, features=extractor)}
+    def measure(sampler: ImageSampler, params: Params) -> Measured:
+        result = opened().samples(sampler, params, seed=EVAL_SEED, count=run.eval_images, batch=run.batch_per_device * layout.mesh.size)
+        numbers = dict(result.numbers)
+        real = {"fd": numbers.pop("real_halves_fd")} if "real_halves_fd" in numbers else {}
+        floor = {"noise_floor": numbers.pop("noise_floor")} if "noise_floor" in numbers else {}
+        return Measured(numbers, real, result.protocol | floor)
 
     def first_row(picture: np.ndarray, count: int) -> np.ndarray:
         return picture[: (picture.shape[0] - 1) // -(-count // columns(config)) + 1]
 
-    measured = extractor is not None and config.run.eval_images
+    headline = ("fd", "class_agreement") if network.label_dim else ("fd",)
     return View(finish=images.to_uint8, picture=lambda pixels: images.grid(pixels, columns=columns(config), scale=None), strip=first_row,
-                statistics=metric_files.image_statistics, figures=IMAGE_FIGURES, measure=measure if measured else None, real=among_real)
-
-
-def protocol_of(figures: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a measurement that says how it was made."""
-    return {key: figures[key] for key in _PROTOCOL if key in figures}
+                statistics=metric_files.image_statistics, headline=headline,
+                measure=measure if run.features != "none" and run.eval_images else None)
 
 
 def _mixture(experiment: Experiment) -> Mapping[str, np.ndarray]:
@@ -104,21 +110,21 @@ def _points(experiment: Experiment) -> View:
     def flat(samples: np.ndarray) -> np.ndarray:
         return np.asarray(samples).reshape(len(samples), -1)
 
-    def figures(samples: np.ndarray) -> dict[str, float]:
+    def judged(samples: np.ndarray) -> dict[str, float]:
         target = flat(exact(experiment, len(samples), seed=10))
         return {"swd": points.sliced_wasserstein(flat(samples), target), **points.modes(flat(samples), params)}
 
     def statistics(samples: np.ndarray, reference: np.ndarray | None = None) -> dict[str, float]:
-        return {f"samples/{name}": value for name, value in figures(samples).items() if name in POINT_FIGURES}
+        return {f"samples/{name}": value for name, value in judged(samples).items() if name in POINT_FIGURES}
 
-    def measure(samples: np.ndarray, classes: np.ndarray) -> dict[str, Any]:
-        return {**figures(samples), "count": len(samples), "reference_count": len(samples), "reference": "samples of the mixture, seed 10"}
-
-    def among_real() -> dict[str, Any]:
-        return figures(exact(experiment, config.run.eval_images, seed=11))
+    def measure(sampler: ImageSampler, network_params: Params) -> Measured:
+        count = config.run.eval_images
+        samples, _ = sampler(network_params, seed=EVAL_SEED, count=count)
+        protocol = {"count": count, "reference_count": count, "reference": "samples of the mixture itself, seed 10"}
+        return Measured(judged(samples), judged(exact(experiment, count, seed=11)), protocol)
 
     return View(finish=np.asarray, picture=lambda samples: cloud(flat(samples), extent=_extent(params)), strip=lambda picture, count: picture,
-                statistics=statistics, figures=POINT_FIGURES, measure=measure if config.run.eval_images else None, real=among_real)
+                statistics=statistics, headline=POINT_FIGURES[:2], measure=measure if config.run.eval_images else None)
 
 
 def _extent(params: Mapping[str, np.ndarray]) -> float:
@@ -134,13 +140,13 @@ def cloud(samples: np.ndarray, *, extent: float, size: int = 300) -> np.ndarray:
 
 
 def plane(experiment: Experiment, generated: np.ndarray, fields: Mapping[str, np.ndarray], where: np.ndarray, sigma: float,
-          figures: Mapping[str, Any], floor: float) -> np.ndarray:
+          judged: Mapping[str, Any], floor: float) -> np.ndarray:
     """Target, generator and score fields side by side, uint8 [H,W,3].
 
     Args:
       generated: points [N,D].
       fields: scores by network, vectors [M,2] at `where` [M,2], at noise level `sigma`.
-      figures: of the generator, with `swd`, `modes`, `of`.
+      judged: the generator's figures, with `swd`, `modes`, `of`.
       floor: the sliced Wasserstein distance between two true samples.
     """
     import matplotlib  # here, because it takes a while to import
@@ -152,7 +158,7 @@ def plane(experiment: Experiment, generated: np.ndarray, fields: Mapping[str, np
     target = exact(experiment, len(generated), seed=10).reshape(len(generated), -1)
     figure, axes = pyplot.subplots(1, 3, figsize=(12, 4.3), dpi=90, layout="constrained")
     for axis, samples, title in ((axes[0], target, f"target (two samples of it: SWD {floor:.3f})"), (
-            axes[1], generated, f"generator: {figures['modes']} of {figures['of']} modes, SWD {figures['swd']:.3f}")):
+            axes[1], generated, f"generator: {judged['modes']} of {judged['of']} modes, SWD {judged['swd']:.3f}")):
         axis.scatter(samples[:, 0], samples[:, 1], s=1.0, alpha=0.25, color="#1f5fa8", linewidths=0)
         axis.set_title(title, fontsize=10)
     for (name, field), colour in zip(fields.items(), ("#1b9e77", "#d95f02")):

@@ -57,7 +57,7 @@ class PixelNetwork(networks.Network):
 
     def features(self, params, x, sigma, cond=Cond(), *, resolutions=(), dropout_keys=None):
         flat = x.reshape(x.shape[0], -1) / jnp.sqrt(sigma[:, None] ** 2 + 0.25)
-        return [jnp.tanh(flat @ params["enc"]["weight"])[:, None, None]]
+        return [(jnp.log(sigma)[:, None] * jnp.tanh(flat @ params["enc"]["weight"]))[:, None, None]]
 
     def denoise(self, params, x, sigma, cond=Cond(), *, dropout_keys=None):
         flat, s = x.reshape(x.shape[0], -1), sigma[:, None]

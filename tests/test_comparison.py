@@ -62,8 +62,10 @@ def test_flags_become_samplers():
 
 
 @pytest.mark.parametrize("changes, loaded, message", [
-    (dict(steps=4), _loaded(FewStep((80.0, 2.0, 0.5))), "--steps: got 4, allowed: 1 to 3"), (dict(steps=2), _loaded(FewStep((2.5,))), "one-step"),
-    (dict(churn=1.0), _loaded(FewStep((2.5,))), "--churn: got 1, allowed: 0"), (dict(steps=2), _loaded(), "odd numbers"),
+    (dict(steps=4), _loaded(FewStep((80.0, 2.0, 0.5))), "--steps: got 4, allowed: 1 to 3"),
+    (dict(steps=2), _loaded(FewStep((2.5,))), "one-step"),
+    (dict(churn=1.0), _loaded(FewStep((2.5,))), "--churn: got 1, allowed: 0"),
+    (dict(steps=2), _loaded(), "odd numbers"),
     (dict(guidance=2.0), _loaded(), "takes no classes"),
 ])
 def test_flags_that_do_not_fit(changes, loaded, message):

@@ -155,7 +155,7 @@ def test_real_images_train_a_teacher(shared_dir, tmp_path):
 
 
 def test_the_shipped_teacher_is_the_one_that_the_quick_start_asks_for():
-    from sim_jax import main, networks
+    from sim_jax import networks
 
     config = config_file.load(str(runs.ROOT / "configs" / "digits.py"))
     loaded = load.load("builtin:digits")

@@ -51,7 +51,7 @@ ALLOWED = {
     "optim": {"types"},
     "sharding": {"types"},
     "checkpoint": {"types", "files"},
-    "config_checks": {"optim", "data", "diffusion", "recipe", "rollout"},
+    "config_checks": {"optim", "data", "diffusion", "evals", "recipe", "rollout"},
     "config_file": set(),
     "recipe": {"types", "networks", "diffusion", "discriminator", "sharding", "objectives.base"},
     "rollout": {"types", "networks", "diffusion"},

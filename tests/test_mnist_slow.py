@@ -23,7 +23,7 @@ COUNT = 500
 
 def _run(module: str, *arguments: str) -> None:
     """One command of the README; its output is shown where it fails."""
-    # glibc's huge pages: a step on a CPU touches hundreds of fresh megabytes, and small pages cost a third of the time.
+    # glibc's huge pages: with small pages a step on a CPU takes half as long again.
     env = {**os.environ, "PYTHONPATH": str(runs.ROOT), "XLA_FLAGS": "", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
     done = subprocess.run([sys.executable, "-m", f"sim_jax.{module}", *arguments], cwd=runs.ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -53,16 +53,16 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def teacher(archive, folder):
     workdir = folder / "teacher"
-    _run("main", "--config=configs/mnist.py:teacher", f"--workdir={workdir}", f"--config.data.path={archive}", "--config.total_kimg=25.6",
-         "--config.run.sample_every=400")
+    _run("main", "--config=configs/mnist.py:teacher", f"--workdir={workdir}", f"--config.data.path={archive}", "--config.total_kimg=19.2",
+         "--config.run.sample_every=1000")
     return workdir
 
 
 @pytest.fixture(scope="module")
 def student(teacher, folder):
     workdir = folder / "student"
-    _run("main", "--config=configs/mnist.py", f"--workdir={workdir}", f"--config.teacher.path={teacher}", "--config.total_kimg=12.8",
-         "--config.run.sample_every=400", "--config.run.probe_every=400")
+    _run("main", "--config=configs/mnist.py", f"--workdir={workdir}", f"--config.teacher.path={teacher}", "--config.total_kimg=9.6",
+         "--config.run.sample_every=1000", "--config.run.probe_every=1000")
     return workdir
 
 
@@ -83,6 +83,6 @@ def test_teacher_and_student_draw_the_digits_they_are_asked_for(archive, folder,
         assert pixels.shape == (COUNT, 28, 28, 1) and set(classes) == set(range(10))
         # Ink, contrast, and variety within a class, in grey levels: 35, 81 and 39 for real digits, 41, 58 and 16 for blurred means.
         assert abs(pixels.mean() - real.mean()) < 6, workdir
-        assert abs(pixels.std() - real.std()) < 12, workdir
+        assert abs(pixels.std() - real.std()) < 15, workdir
         assert _spread(pixels, classes) > 0.65 * _spread(real, labels), workdir
-        assert _agreement(pixels, classes) > 0.6, workdir
+        assert _agreement(pixels, classes) > 0.5, workdir

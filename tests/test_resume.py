@@ -211,7 +211,7 @@ def test_divergence_ends_with_one_line_and_leaves_the_last_checkpoint(overrides,
 def test_every_term_resumes(overrides, tmp_path, monkeypatch):
     """Discriminator, objective memory, teacher's pairs and two steps: stopped once, and continued, the run ends bit for bit as it would."""
     terms = ("--config.data.name=digits", "--config.gan.weight=0.01", "--config.gan.features=teacher", "--config.regression.weight=0.1",
-             "--config.regression.distance=squared_l2", "--config.regression.num_pairs=20", "--config.run.panel_images=0",
+             "--config.regression.num_pairs=20", "--config.run.panel_images=0",
              "--config.fake_score.updates=2", "--config.fake_score.turns=other", "--config.objective.ratio_ema_rate=0.5")
     command = ("digits.py:f_distill,2", *(o for o in overrides if "max_batch" not in o), *terms)
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"

@@ -32,7 +32,7 @@ def measure():
     rng = np.random.default_rng(0)
     real = rng.integers(0, 256, (400, 4, 4, 1), np.uint8)
     labels = (np.arange(400) % 4 > 2).astype(np.int32)
-    stream = streams.ImageStream(count=400, image_shape=(4, 4, 1), read=lambda: iter([real]), labels=labels, origin="real")
+    stream = streams.ImageStream(count=400, image_shape=(4, 4, 1), read=lambda size: iter([real]), labels=labels, origin="real")
     needs = figures.needs(figures.METRICS, of_reference=True)
     summary = runner.statistics.collect(stream, measuring.pixel_features(), needs)
     return runner.open_measure(features=measuring.pixel_features(), metrics=tuple(figures.METRICS), reference=summary)
@@ -119,7 +119,7 @@ def test_it_agrees_with_the_quality_table():
     real = digits.load()
     table = quality(real.images[:300], real.labels[:300], real_images=real.images, real_labels=real.labels, features=digits_features())
     measure = runner.open_measure(features="digits", reference="digits", metrics=("fd", "pr", "class", "floor"))
-    stream = streams.ImageStream(count=300, image_shape=(8, 8, 1), read=lambda: iter([real.images[:300]]), labels=real.labels[:300])
+    stream = streams.ImageStream(count=300, image_shape=(8, 8, 1), read=lambda size: iter([real.images[:300]]), labels=real.labels[:300])
     got = measure.stream(stream)
     for name in ("fd", "class_agreement", "real_class_agreement", "precision", "recall", "density", "coverage", "noise_floor"):
         assert got.numbers[name] == pytest.approx(table[name], rel=1e-9), name

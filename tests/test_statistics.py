@@ -12,7 +12,7 @@ from sim_jax.evals.quality import images_hash
 
 
 def _stream(pixels, labels=None, *, chunk=7):
-    read = lambda: (pixels[start:start + chunk] for start in range(0, len(pixels), chunk))
+    read = lambda size: (pixels[start:start + chunk] for start in range(0, len(pixels), chunk))
     return streams.ImageStream(count=len(pixels), image_shape=pixels.shape[1:], read=read, labels=labels, origin="test")
 
 
@@ -74,11 +74,11 @@ def _cifar(shared_dir, count):
     if not path.is_file():
         pytest.skip(f"no {path.name} in the shared data")
     stream = streams.open_stream(str(path))
-    return dataclasses.replace(stream, count=count, labels=stream.labels[:count], read=lambda: _first(stream, count))
+    return dataclasses.replace(stream, count=count, labels=stream.labels[:count], read=lambda size: _first(stream, count, size))
 
 
-def _first(stream, count):
-    for part in stream.read():
+def _first(stream, count, size):
+    for part in stream.read(size):
         yield part[:count]
         count -= len(part)
         if count <= 0:
@@ -101,7 +101,7 @@ def test_memory_does_not_grow_with_the_number_of_images():
     part = np.random.default_rng(0).integers(0, 256, (250, 8, 8, 1), np.uint8)
 
     def peak(count):
-        stream = streams.ImageStream(count=count, image_shape=part.shape[1:], read=lambda: (part for _ in range(count // 250)))
+        stream = streams.ImageStream(count=count, image_shape=part.shape[1:], read=lambda size: (part for _ in range(count // 250)))
         tracemalloc.start()
         try:
             statistics.collect(stream, measuring.pixel_features(part.shape[1:]), ("features", "score", "predicted", "rows"), max_rows=250)

@@ -13,6 +13,7 @@ each of which works on the same number of images whatever their number.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib
 from collections.abc import Callable, Mapping
@@ -32,6 +33,7 @@ from sim_jax.types import Array, Params
 _ASSETS = Path(__file__).resolve().parent.parent / "assets"
 DIGITS_CLASSIFIER, MNIST_CLASSIFIER = _ASSETS / "digits_classifier.safetensors", _ASSETS / "mnist_classifier.safetensors"
 NAMES = ("digits", "mnist")
+_BATCH, _INCEPTION_BATCH = 256, 32   # images on each device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +46,7 @@ class FeatureExtractor:
       image_shape: (H, W, C), the only one taken; a None among them takes any.
       outputs: at least "features" [N,F], which distances are taken in. "probabilities" [N,K] are for class agreement and the
         Inception score, "spatial" [N,S] are sFID's.
+      batch: how many images it likes to get at a time: what its programs take, over all devices.
       labelled: whether the K classes are those of the data, so that they can be compared with labels.
     """
 
@@ -51,6 +54,7 @@ class FeatureExtractor:
     identifier: str
     image_shape: tuple[int | None, int | None, int | None]
     outputs: tuple[str, ...] = ("features", "probabilities")
+    batch: int = 256
     labelled: bool = False
 
     def all(self, images: np.ndarray) -> dict[str, np.ndarray]:
@@ -90,7 +94,9 @@ def open_features(name: str | Path, *, layout: Layout = Layout(), convention: st
                          "module:function")
     from sim_jax.evals import inception  # which imports this module
 
-    return inception.open_inception(name, layout=layout, convention=convention or "edm")
+    size = _INCEPTION_BATCH * _devices(layout)
+    extractor = inception.open_inception(name, layout=layout, convention=convention or "edm", batch_per_device=_INCEPTION_BATCH)
+    return dataclasses.replace(extractor, batch=size)
 
 
 def _own_features(name: str, layout: Layout) -> FeatureExtractor:
@@ -132,7 +138,11 @@ def _classifier_features(name: str, path: str | Path, image_shape: tuple[int, in
         return features, jax.nn.softmax(logits)
 
     return FeatureExtractor(extract=batched(apply, layout=layout), identifier=f"{name}:{weights_hash(flat)}", image_shape=image_shape,
-                            labelled=True)
+                            batch=_BATCH * _devices(layout), labelled=True)
+
+
+def _devices(layout: Layout) -> int:
+    return 1 if layout.mesh is None else layout.mesh.size
 
 
 def load_classifier(path: str | Path = DIGITS_CLASSIFIER) -> tuple[Params, dict[str, str]]:
@@ -158,9 +168,9 @@ def weights_hash(flat: Mapping[str, np.ndarray]) -> str:
     return digest.hexdigest()[:12]
 
 
-def batched(apply: Callable[[Array], tuple[Array, ...]], *, batch: int = 256, layout: Layout = Layout()) -> Callable:
+def batched(apply: Callable[[Array], tuple[Array, ...]], *, batch: int = _BATCH, layout: Layout = Layout()) -> Callable:
     """`apply`, of [B,H,W,C] float32 in [-1, 1], jitted once, as a function of uint8 [N,H,W,C], N >= 1; B is `batch` on every device."""
-    size = batch * (1 if layout.mesh is None else layout.mesh.size)
+    size = batch * _devices(layout)
     jitted = jax.jit(lambda images: layout.split(apply(layout.split(images).astype(np.float32) / 127.5 - 1.0)))
 
     def extract(images: np.ndarray) -> tuple[np.ndarray, ...]:

@@ -37,23 +37,16 @@ def modes(samples: np.ndarray, params: Mapping[str, np.ndarray]) -> dict[str, An
     Returns:
       `modes`: how many have a mass within 20% of their own; `modes_reached`: how many have any sample within 3 standard deviations of
       their centre; `of`: how many there are; `mass_error`: the largest |mass / own mass - 1|; `high_quality`: the share of samples that
-      are near a centre. A sample counts for the mode that it most likely comes from, and for the mass only if it is near.
+      are near a centre. Masses are shares of the samples near a centre, so that those between the modes count in `high_quality` alone.
     """
     samples, means = np.asarray(samples, np.float64), np.asarray(params["means"], np.float64)
     index = np.asarray(gaussian_mixture.nearest(params, samples.astype(np.float32)))
     own = np.exp(np.asarray(params["log_weights"], np.float64))
     near = _distances(samples, index, params) < _NEAR
-    mass = np.bincount(index[near], minlength=len(means)) / len(samples)
-    error = np.abs(mass / _near_share(means.shape[1]) / own - 1)
+    mass = np.bincount(index[near], minlength=len(means)) / max(near.sum(), 1)
+    error = np.abs(mass / (own / own.sum()) - 1)
     return {"modes": int(np.sum(error <= 0.2)), "modes_reached": int(np.sum(mass > 0)), "of": len(means), "mass_error": float(error.max()),
             "high_quality": float(near.mean())}
-
-
-def _near_share(dim: int) -> float:
-    """The share of a Gaussian within 3 standard deviations of its mean."""
-    from scipy.stats import chi2
-
-    return float(chi2.cdf(_NEAR**2, dim))
 
 
 def _distances(samples: np.ndarray, index: np.ndarray, params: Mapping[str, np.ndarray]) -> np.ndarray:

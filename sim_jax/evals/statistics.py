@@ -179,7 +179,7 @@ def collect(stream: ImageStream, extractor: FeatureExtractor, needs: Iterable[st
     extractor.check((stream.count, *stream.image_shape))
     collector = _Collector(stream, needs, max_rows=max_rows, seed=seed)
     digest, done = begin_hash((stream.count, *stream.image_shape)), 0
-    for images in stream.read():
+    for images in stream.read(extractor.batch):
         collector.add(images, extractor.all(images))
         digest.update(np.ascontiguousarray(images).data)
         done += len(images)

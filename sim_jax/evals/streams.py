@@ -28,8 +28,8 @@ from sim_jax.data.source import Source, gather
 from sim_jax.evals.generate import ImageSampler
 from sim_jax.types import Params
 
-_CHUNK_BYTES = 1 << 22
 _NPZ = (("images", "labels"), ("arr_0", "arr_1"))
+_Read = Callable[[np.ndarray, int], Iterator[np.ndarray]]
 READ_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, OSError, KeyError, ValueError, NotImplementedError, RuntimeError)
 
 
@@ -40,14 +40,14 @@ class ImageStream:
     Attributes:
       count: N.
       image_shape: (H, W, C).
-      read: () -> chunks uint8 [n_i,H,W,C] with sum n_i = N.
+      read: (size) -> chunks uint8 [n_i,H,W,C] with sum n_i = N; files give `size` images at a time, samples come in their own batches.
       labels: int32 [N], or None.
       origin: what to call them in a report.
     """
 
     count: int
     image_shape: tuple[int, int, int]
-    read: Callable[[], Iterator[np.ndarray]]
+    read: Callable[[int], Iterator[np.ndarray]]
     labels: np.ndarray | None = None
     origin: str = ""
 
@@ -68,14 +68,15 @@ def open_stream(path: str, *, num: int | None = None, seed: int = 0, key: str = 
         source = digits.load() if path == "digits" else open_images(path, cache_bytes=0)
         count, image_shape = len(source), (source.resolution, source.resolution, source.channels)
         labels = _labels(source) if source.num_classes else None
-        read = lambda index: _read_source(source, index)
+        read = lambda index, size: _read_source(source, index, size)
     else:
         raise ValueError(f"{key}: got {path!r}, allowed: a .zip or folder of images, an .npz, or digits")
     if num is not None and num > count:
         raise ValueError(f"{key}: got {count} images in {path}, allowed: {num} or more, as that many are to be measured")
     index = _subset(count, num, seed)
     labels = None if labels is None else labels[index]
-    return ImageStream(count=len(index), image_shape=image_shape, labels=labels, read=lambda: read(index), origin=os.path.basename(path))
+    name = os.path.basename(path)
+    return ImageStream(count=len(index), image_shape=image_shape, labels=labels, read=lambda size: read(index, size), origin=name)
 
 
 def sampled(sampler: ImageSampler, params: Params, *, seed: int, count: int, start: int = 0, classes: np.ndarray | None = None,
@@ -92,7 +93,7 @@ def sampled(sampler: ImageSampler, params: Params, *, seed: int, count: int, sta
     index = np.arange(start, start + count)
     classes = sampler.latents.classes_of(seed, index) if classes is None else np.asarray(classes, np.int32)
 
-    def read() -> Iterator[np.ndarray]:
+    def read(size: int) -> Iterator[np.ndarray]:
         for begin in range(0, count, batch):
             here = np.minimum(np.arange(begin, begin + batch), count - 1)   # the last sample again, as padding
             pixels = sharding.to_host(sampler.float_images(params, seed=seed, index=index[here], classes=classes[here]))
@@ -128,24 +129,19 @@ def _subset(count: int, num: int | None, seed: int) -> np.ndarray:
     return np.sort(index[:num])
 
 
-def _chunk(image_shape: tuple[int, ...]) -> int:
-    return max(1, _CHUNK_BYTES // math.prod(image_shape))
-
-
 def _labels(source: Source) -> np.ndarray:
     if hasattr(source, "labels"):
         return source.labels
     return gather(source, np.arange(len(source)))[1]
 
 
-def _read_source(source: Source, index: np.ndarray) -> Iterator[np.ndarray]:
-    step = _chunk((source.resolution, source.resolution, source.channels))
-    for start in range(0, len(index), step):
-        yield gather(source, index[start:start + step])[0]
+def _read_source(source: Source, index: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    for start in range(0, len(index), size):
+        yield gather(source, index[start:start + size])[0]
 
 
-def _open_npz(path: str, key: str) -> tuple[int, tuple[int, int, int], np.ndarray | None, Callable[[np.ndarray], Iterator[np.ndarray]]]:
-    """(count, image shape, labels, index -> chunks) of an .npz, whose images are never all in memory."""
+def _open_npz(path: str, key: str) -> tuple[int, tuple[int, int, int], np.ndarray | None, _Read]:
+    """(count, image shape, labels, (index, size) -> chunks) of an .npz, whose images are never all in memory."""
     try:
         with np.load(path, allow_pickle=False) as file:
             names = set(file.files)
@@ -166,7 +162,7 @@ def _open_npz(path: str, key: str) -> tuple[int, tuple[int, int, int], np.ndarra
         raise ValueError(f"{key}: got labels {labels.dtype} {list(labels.shape)} in {path}, allowed: integers [{shape[0]}]")
     if labels is not None:
         labels = None if (labels < 0).any() else labels.astype(np.int32)
-    return shape[0], shape[1:], labels, lambda index: _read_npz(path, found[0], shape, index)
+    return shape[0], shape[1:], labels, lambda index, size: _read_npz(path, found[0], shape, index, size)
 
 
 def _read_header(member: Any) -> tuple[tuple[int, ...], np.dtype]:
@@ -178,8 +174,8 @@ def _read_header(member: Any) -> tuple[tuple[int, ...], np.dtype]:
     return shape, dtype
 
 
-def _read_npz(path: str, name: str, shape: tuple[int, ...], index: np.ndarray) -> Iterator[np.ndarray]:
-    size, step = math.prod(shape[1:]), _chunk(shape[1:])
+def _read_npz(path: str, name: str, shape: tuple[int, ...], index: np.ndarray, step: int) -> Iterator[np.ndarray]:
+    size = math.prod(shape[1:])
     wanted = np.zeros(shape[0], bool)
     wanted[index] = True
     try:
