@@ -3,9 +3,9 @@
 
 Paper:    EDM, arXiv 2206.00364; the network and all training values are ours. Label dropout: classifier-free guidance, arXiv 2207.12598.
 Command:  python -m sim_jax.main --config=configs/digits_teacher.py --workdir=runs/digits_teacher
-          python -m sim_jax.export --workdir=runs/digits_teacher --out=sim_jax/assets/digits
+          python -m sim_jax.export --workdir=runs/digits_teacher --out=sim_jax/assets/digits --dtype=float16
           python -m sim_jax.main --config=configs/digits_teacher.py:guided --workdir=runs/digits_teacher_guided
-          python -m sim_jax.export --workdir=runs/digits_teacher_guided --out=sim_jax/assets/digits_guided
+          python -m sim_jax.export --workdir=runs/digits_teacher_guided --out=sim_jax/assets/digits_guided --dtype=float16
 Hardware: 2 CPU cores.
 Words:    plain (default), or guided: one label in ten is dropped, so that classifier-free guidance has something to push away from.
 """

@@ -170,16 +170,16 @@ def run(args: argparse.Namespace, command: str) -> int:
     workdir = files.make_folder(args.workdir)
     cli.use_compilation_cache()
     budget, done = None, _results(workdir)
-    for i, words in enumerate(rows):
-        missing = [seed for seed in seeds if (words, seed) not in done]
-        if budget is not None and (i % parts != part or not missing):
+    todo = {words: [seed for seed in seeds if (words, seed) not in done] for i, words in enumerate(rows) if i % parts == part}
+    for words in (rows if any(todo.values()) else ()):
+        if budget is not None and not todo.get(words):
             continue
         experiment = experiments.build(config_file.load(f"{args.config}:{words}"))
         step_fn = train.make_step(experiment)
         flops = _flops(experiment, step_fn)
         budget = budget or flops * args.steps
         row = _Row(words, experiment, flops, max(round(budget / flops), 1))
-        for seed in missing if i % parts == part else ():
+        for seed in todo.get(words, ()):
             bar = ProgressBar(row.steps, description=f"{words} seed {seed}", images_per_step=experiment.config.batch_size)
             params, seconds = _train(row, step_fn, seed, files.make_folder(workdir / f"{words}"), bar)
             bar.close()
