@@ -3,8 +3,10 @@
 Paper:     SIM, arXiv 2410.16794; DMD2, arXiv 2405.14867; neither has it: every value here is ours.
 Command:   python -m sim_jax.main --config=configs/mixture2d.py --workdir=runs/mixture2d
            python -m sim_jax.main --config=configs/mixture2d.py:dmd2 --workdir=runs/mixture2d_dmd2
-Hardware:  2 CPU cores, no download, under 3 minutes.
-Published: nothing to compare with. The target: 25 of 25 modes, each with a mass within 20% of 1/25.
+Hardware:  2 CPU cores, no download, about 3 minutes [measured on an AMD EPYC: dmd2 159 s; sim 302 s beside other programs].
+Published: nothing to compare with. Ours, 20,000 samples, seed 0: sim has all 25 modes within 20% of their mass (largest error 17%), sliced
+           Wasserstein distance 0.028 where two true samples have 0.025; dmd2 reaches all 25, 23 within 20% (38%), 0.035. Tried for dmd2:
+           two critic updates a turn (22, 31%, 231 s), half the generator's rate without levels below 0.1 (20, 49%).
 Words:     sim (default), sid, diff_instruct or dmd2; full (default) or tiny (seconds).
 The teacher is a formula (builtin:mixture25, as sim_jax.analytic writes it); generator and fake score are small networks that start at
 random. Points are images of one pixel with two channels.

@@ -64,12 +64,19 @@ def check_measure(run: Mapping[str, Any], *, resolution: int, channels: int) -> 
     """Whether what the figures are measured in is there, and can see images of this size."""
     if run["features"] == "none" or not run["eval_images"]:
         return
-    for key, check in (("features", lambda: features.open_features(run["features"]).check((1, resolution, resolution, channels))),
-                       ("metrics", lambda: figures.parse(run["metrics"]))):
-        try:
-            check()
-        except ValueError as error:
-            raise ValueError(f"run.{key}: {error}") from None
+    try:
+        extractor = features.open_features(run["features"])
+    except ValueError as error:
+        raise ValueError(f"run.{error}") from None
+    try:
+        extractor.check((1, resolution, resolution, channels))
+    except ValueError as error:
+        allowed = str(error).partition("allowed: ")[2]
+        raise ValueError(f"run.features: got {run['features']!r} for images of {resolution}x{resolution}x{channels}, allowed: {allowed}") from None
+    try:
+        figures.parse(run["metrics"])
+    except ValueError as error:
+        raise ValueError(f"run.{error}") from None
     if run["best"] and run["best"] not in ("fd", "kd"):
         raise ValueError(f"run.best: got {run['best']!r}, allowed: fd, kd, or an empty string")
     if run["best"] and run["best"] not in figures.parse(run["metrics"]):
