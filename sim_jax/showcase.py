@@ -92,20 +92,21 @@ class Showcase:
         self._writer.write(step, step * batch / 1000, self._view.statistics(pixels, self.reference()))
         self._writer.write_image(step, "samples", self._view.picture(pixels))
         if step:
-            for name, picture in self.panels(step, state).items():
+            for name, picture in self.panels(state, log_at=step).items():
                 self._writer.write_image(step, f"panels/{name}", picture)
         return pixels
 
-    def panels(self, step: int, state: DistillState) -> dict[str, np.ndarray]:
-        """The training panels at `step`, as pictures by title; logs the gradients' scales and the discriminator's histograms."""
+    def panels(self, state: DistillState, *, log_at: int | None = None) -> dict[str, np.ndarray]:
+        """The training panels as pictures by title; logs the gradients' scales and the discriminator's histograms at step `log_at`."""
         if self._panels is None:
             return {}
         seen = sharding.to_host(self._panels(state, self._teacher_params, jax.random.key(_GRID_SEED), self._real))
-        self._writer.write(step, step * self._experiment.config.batch_size / 1000, panels.gradient_scales(seen, self._levels))
+        if log_at is not None:
+            self._writer.write(log_at, log_at * self._experiment.config.batch_size / 1000, panels.gradient_scales(seen, self._levels))
         out = {panels.TITLES[name]: picture for name, picture in panels.pictures(seen).items()}
         if "real" in seen:
-            for name in ("real", "fake"):
-                self._writer.write_histogram(step, f"discriminator/{name}", seen[name])
+            for name in ("real", "fake") if log_at is not None else ():
+                self._writer.write_histogram(log_at, f"discriminator/{name}", seen[name])
             out["discriminator's logits"] = panels.histogram(seen)
         return out
 
@@ -167,7 +168,7 @@ class Showcase:
         pictures = {role: self._view.picture(pixels)}
         if experiment.distils:
             pictures["teacher"] = self._view.picture(self.reference())
-        pictures |= self._progress() | self.panels(experiment.total_steps, state)
+        pictures |= self._progress() | self.panels(state)
         if views.is_points(experiment) and view.measure is not None:
             pictures["plane"] = self._plane(state, measured.figures, measured.real)
         summary = {

@@ -34,6 +34,11 @@ def _trace(config, built: experiment.Experiment) -> None:
     if not built.distils or recipe.adversary:
         shape = (config.batch_size, *built.trained.network.image_shape)
         batch = {"image": jax.ShapeDtypeStruct(shape, "float32"), "label": jax.ShapeDtypeStruct(shape[:1], "int32")}
+    if recipe.regression is not None:
+        shape = (config.batch_size, *built.trained.network.image_shape)
+        pair = {"index": jax.ShapeDtypeStruct(shape[:1], "uint32"), "image": jax.ShapeDtypeStruct(shape, "float32"),
+                "label": jax.ShapeDtypeStruct(shape[:1], "int32")}
+        batch = {**(batch or {}), "pair": pair}
     for turns in {tuple(built.turns(built.start_steps + step).items()) for step in range(config.fake_score.updates)}:
         new, metrics = jax.eval_shape(
             lambda *args: steps.train_step(recipe, *args, **dict(turns)), built.shapes, teacher, jax.random.key(0), batch)
