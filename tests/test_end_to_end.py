@@ -10,7 +10,7 @@ import pytest
 import runs
 import sim_jax
 from PIL import Image
-from sim_jax import config_file, export, load, metrics, sample
+from sim_jax import config_file, export, load, metrics, sample, weights
 from sim_jax.data import images as image_data
 
 STEPS, KIMG = 8, 0.128
@@ -161,3 +161,15 @@ def test_the_shipped_teacher_is_the_one_that_the_quick_start_asks_for():
     loaded = load.load("builtin:digits")
     assert config.teacher.path == "builtin:digits"
     assert networks.differences(loaded.network.spec, config.network.to_dict()) == []
+
+
+def test_the_best_generator_is_kept(distilled, tmp_path):
+    """best.safetensors loads like any generator, and records the figure that report.json has."""
+    kept = load.load(distilled / "best.safetensors")
+    report = json.loads((distilled / "report.json").read_text())
+    assert kept.sigma_init == 2.5 and kept.origin["ema"] == report["protocol"]["ema"]
+    recorded = weights.read_header(str(distilled / "best.safetensors"))["figures"]["generator"]["fd"]
+    assert recorded == pytest.approx(report["generator"]["fd"], rel=1e-6)
+    out = tmp_path / "best.npz"
+    assert sample.main([f"--weights={distilled / 'best.safetensors'}", "--num=4", f"--out={out}"]) == 0
+    assert np.load(out)["images"].shape == (4, 8, 8, 1)
