@@ -28,6 +28,8 @@ def get_config(arg=None):
     config.total_kimg = 4000.0
     if words["method"] == "sim":
         config.objective.c = 0.1
+    if words["method"] == "dmd2":
+        config.objective.normaliser_eps = 0.1                  # over two pixels the error of the teacher's prediction comes near 0
     config.generator.sigma_init = 5.0
     for section in (config.generator, config.fake_score):      # sigma from 0.02 to 5, most of it between the modes' width and the grid's
         section.noise.update(name="karras", P_mean=None, P_std=None, sigma_min=0.02, sigma_max=5.0, u_min=0.0, u_max=1.0, rho=3.0)

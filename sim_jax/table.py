@@ -3,8 +3,9 @@
     python -m sim_jax.table --config=configs/digits.py --steps=500 --seeds=0,1,2 --workdir=runs/digits_table --out=configs/digits_table.md
 
 A row is one set of words of the config, by default those of its `TABLE`. Every row gets the flops that --steps iterations of the first
-row take, as XLA counts them, so that a method that needs more per iteration makes fewer; final images are measured as the final report
-does. Finished (row, seed) pairs are kept in the workdir: the same command goes on where it stopped.
+row take, as XLA counts them, so that a method that needs more per iteration makes fewer; its schedules end with its last iteration, and
+its final images are measured as the final report does. Finished (row, seed) pairs are kept in the workdir: the same command goes on
+where it stopped.
 """
 
 from __future__ import annotations
@@ -39,12 +40,33 @@ def _parser() -> argparse.ArgumentParser:
 
 @dataclasses.dataclass(frozen=True)
 class _Row:
-    """One set of words, its experiment and how many iterations it may make."""
+    """One set of words, its experiment, the flops of an iteration and how many iterations it makes."""
 
     words: str
     experiment: Any
     flops: float
     steps: int
+
+
+def _build(config: str, words: str, steps: int):
+    """The row's experiment with a run of `steps` iterations: what is annealed has to arrive."""
+    from sim_jax import config_file
+    from sim_jax import experiment as experiments
+
+    row = config_file.load(f"{config}:{words}")
+    with row.unlocked():
+        row.total_kimg = steps / row.fake_score.updates * row.batch_size / 1000
+    return experiments.build(row)
+
+
+def _counted(workdir: pathlib.Path, part: int, words: str, count) -> float:
+    """`count()`, the flops of an iteration of a row: compiled once, then read from the workdir."""
+    path = workdir / f"flops{part}.json"
+    known = json.loads(path.read_text()) if path.is_file() else {}
+    if words not in known:
+        known[words] = count()
+        path.write_text(json.dumps(known))
+    return known[words]
 
 
 def _check(args: argparse.Namespace) -> tuple[list[str], list[int], tuple[int, int]]:
@@ -61,11 +83,13 @@ def _check(args: argparse.Namespace) -> tuple[list[str], list[int], tuple[int, i
     return rows, seeds, (part, parts)
 
 
-def _flops(experiment, step_fn) -> float:
+def _flops(experiment) -> float:
     """Of one iteration, averaged over a generator's turn."""
     import jax
 
-    shapes = experiment.shapes
+    from sim_jax import train
+
+    step_fn, shapes = train.make_step(experiment), experiment.shapes
     teacher = jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), experiment.teacher.network.shapes(),
                            experiment.teacher_shardings)
     state = jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, experiment.shardings)
@@ -163,8 +187,7 @@ def table(results: dict[tuple[str, int], dict[str, Any]], rows: list[str], *, co
 
 def run(args: argparse.Namespace, command: str) -> int:
     rows, seeds, (part, parts) = _check(args)
-    from sim_jax import experiment as experiments
-    from sim_jax import config_file, files, train
+    from sim_jax import files, train
     from sim_jax.progress import ProgressBar
 
     workdir = files.make_folder(args.workdir)
@@ -174,18 +197,20 @@ def run(args: argparse.Namespace, command: str) -> int:
     for words in (rows if any(todo.values()) else ()):
         if budget is not None and not todo.get(words):
             continue
-        experiment = experiments.build(config_file.load(f"{args.config}:{words}"))
-        step_fn = train.make_step(experiment)
-        flops = _flops(experiment, step_fn)
+        flops = _counted(workdir, part, words, lambda: _flops(_build(args.config, words, args.steps)))
         budget = budget or flops * args.steps
-        row = _Row(words, experiment, flops, max(round(budget / flops), 1))
+        if not todo.get(words):
+            continue
+        steps = max(round(budget / flops), 1)
+        row = _Row(words, _build(args.config, words, steps), flops, steps)
+        step_fn = train.make_step(row.experiment)
         for seed in todo.get(words, ()):
-            bar = ProgressBar(row.steps, description=f"{words} seed {seed}", images_per_step=experiment.config.batch_size)
+            bar = ProgressBar(row.steps, description=f"{words} seed {seed}", images_per_step=row.experiment.config.batch_size)
             params, seconds = _train(row, step_fn, seed, files.make_folder(workdir / f"{words}"), bar)
             bar.close()
-            figures = _measure(experiment, params)
-            result = {"words": words, "seed": seed, "steps": row.steps, "flops": flops, "seconds": seconds, "calls": len(experiment.recipe.plan.sigmas),
-                      "batch_size": experiment.config.batch_size, **figures}
+            figures = _measure(row.experiment, params)
+            result = {"words": words, "seed": seed, "steps": row.steps, "flops": flops, "seconds": seconds,
+                      "calls": len(row.experiment.recipe.plan.sigmas), "batch_size": row.experiment.config.batch_size, **figures}
             with open(workdir / f"results{part}.jsonl", "a") as file:
                 file.write(json.dumps(result) + "\n")
             print(f"{words} seed {seed}: Frechet distance {figures['fd']:.3f}", flush=True)
@@ -196,7 +221,7 @@ def run(args: argparse.Namespace, command: str) -> int:
         return 0
     teacher = workdir / "teacher.json"
     if not teacher.is_file():
-        teacher.write_text(json.dumps(_teacher(experiments.build(config_file.load(f"{args.config}:{rows[0]}")))))
+        teacher.write_text(json.dumps(_teacher(_build(args.config, rows[0], args.steps))))
     page = table(done, rows, command=command, device=train.device_name(), teacher=json.loads(teacher.read_text()))
     files.write_atomically(args.out, lambda file: file.write(page.encode()))
     print(f"{len(rows)} rows of {len(seeds)} seeds: {args.out}")
