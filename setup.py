@@ -35,7 +35,8 @@ setup(
     extras_require={
         "tf": ["tensorflow-cpu>=2.17"],
         "convert": [],  # nothing more: checkpoints of PyTorch are read without it
-        "test": ["pytest>=8", "pytest-xdist>=3.5", "scipy>=1.11", "scikit-learn>=1.4"],
+        "test": ["pytest>=8", "pytest-xdist>=3.5", "scipy>=1.11", "scikit-learn>=1.4",
+                 "nbclient>=0.10", "nbformat>=5.10", "ipykernel>=6.29", "pyyaml>=6"],
         "notebook": ["jupyterlab>=4"],
     },
 )

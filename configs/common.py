@@ -33,6 +33,7 @@ def get_config(method: str = "sim") -> ConfigDict:
         path=placeholder(str),                # directory, .safetensors, workdir of a teacher run, or "builtin:digits"
         ema=placeholder(str),                 # which average of a workdir; None: its first
         dtype="float32",                      # what it computes in: "float32" or "bfloat16"
+        remat="none",                         # what its blocks keep for the backward pass: all ("none"), products ("convs"), inputs ("blocks")
         sampler="heun",                       # how its own samples are drawn: heun, euler, ddim, dpmpp_2m
         num_steps=18,                         # 18 Heun steps are 35 network calls
         guidance=1.0,                         # classifier-free guidance weight, in the objective and its own samples; 1: none
@@ -47,7 +48,7 @@ def get_config(method: str = "sim") -> ConfigDict:
         start_kimg=0.0,                       # it rests, and the critic alone moves, while this many generated images pass
         dropout=placeholder(float),           # None: the teacher network's
         dtype="float32",
-        remat=False,                          # recompute blocks in the backward pass
+        remat="none",                         # as the teacher's
         noise=_noise("karras", u_max=0.8),    # levels that the generator's loss is taken at
         optimizer=_optimizer(),
     ))
@@ -58,7 +59,7 @@ def get_config(method: str = "sim") -> ConfigDict:
         guidance=1.0,                         # classifier-free guidance weight inside the generator's loss
         dropout=placeholder(float),
         dtype="float32",
-        remat=False,
+        remat="none",
         loss=_knobs(_critic_loss(method)),    # ignored under "dsm", whose own knobs are config.objective
         noise=_noise("log_normal", P_mean=-1.2, P_std=1.2),
         augment_p=0.0,                        # EDM's augmentation of what it is trained on; needs augment_dim=9
@@ -106,13 +107,18 @@ def get_config(method: str = "sim") -> ConfigDict:
         rules=((".*", "replicate"),),         # (regex, replicate | fsdp | fsdp:AXIS), first match wins
         teacher_rules=((".*", "replicate"),),
     ))
-    config.run = ConfigDict(dict(             # may change between a run and its resumption; nothing above this line may
+    config.run = ConfigDict(dict(             # may change between a run and its resumption; above this line only total_kimg, sharding,
+                                              # max_batch_per_device and remat may (--accept_changes for more)
         log_every=50,                         # iterations between lines of metrics.jsonl
         probe_every=250,                      # ... between measurements of divergence and lag
         sample_every=500,                     # ... between sample grids
         eval_every=0,                         # ... between Frechet distances; 0: only at the end
-        save_every=500,                       # ... between checkpoints
-        keep=2,                               # checkpoints kept
+        save_every=500,                       # ... between checkpoints; there is one at every evaluation, too
+        keep=2,                               # that many of the newest checkpoints are kept,
+        keep_every=0,                         # ... one every so many iterations for ever; 0: none
+        on_divergence="stop",                 # when a loss, gradient or update is NaN or Inf: "stop", or "rollback" to the last checkpoint
+        rollback_lr=0.5,                      # ... with every learning rate times this,
+        max_rollbacks=3,                      # ... at most so often
         grid=100,                             # images in a grid
         probe_images=64,                      # images per noise level in a probe
         panel_images=8,                       # columns of the training panels; 0: none
@@ -120,7 +126,7 @@ def get_config(method: str = "sim") -> ConfigDict:
         features="none",                      # what it is measured in: digits, mnist, the directory of a converted Inception network, or none
         metrics=("fd", "class", "pr", "floor"),  # of sim_jax.evals.figures; measured at eval_every and at the end
         reference=placeholder(str),           # digits, a zip, folder or .npz; None: digits for those features, else data.path
-        best="fd",                            # the generator with the lowest of this is kept as best.safetensors; "": none
+        best="fd",                            # the generator with the lowest of this is kept as best.safetensors, with its checkpoint; "": none
         batch_per_device=128,                 # while sampling
         data_threads=2,                       # that read images ahead
     ))

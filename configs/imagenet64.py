@@ -49,11 +49,11 @@ def get_config(arg=None):
         model_channels=192, channel_mult=(1, 2, 3, 4), channel_mult_emb=4, num_blocks=3, attn_resolutions=(32, 16, 8), dropout=0.1,
         label_dropout=0.0))
     config.max_batch_per_device = 32
-    config.teacher.dtype = "bfloat16"
+    config.teacher.update(dtype="bfloat16", remat="blocks")
     config.teacher.num_steps = 40
     for section in (config.generator, config.fake_score):
         section.dtype = "bfloat16"
-        section.remat = True
+        section.remat = "blocks"
     config.run.update(log_every=10, probe_every=100, sample_every=500, save_every=500, batch_per_device=32)
     {"sim": _sid, "sid": _sid, "sida": _sid, "diff_instruct": _diff_instruct}.get(method, _dmd2)(config, method)
     if words["size"] == "tiny":

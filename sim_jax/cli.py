@@ -9,22 +9,48 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 
+from sim_jax import distributed, storage
+
 
 def guard(work: Callable[[], int]) -> int:
-    """Runs a command: its exit code, or 2 with one line for bad input (ValueError), 1 for training that diverged, 130 for Ctrl-C."""
+    """Runs a command: its exit code, or 2 with one line for bad input (ValueError), 1 for training that diverged, a full disk or another process
+    that is gone, 130 for Ctrl-C. Of several processes that refuse their input together, the first one prints why."""
     try:
-        return work()
+        return _guard_processes(work)
     except ValueError as error:
         if os.environ.get("SIM_JAX_TRACEBACK"):  # for our own bugs
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        message = f"error: {' '.join(str(error).split())}"
+        if not isinstance(error, distributed.Failed):
+            distributed.fail(message, 2)
+        elif not error.told_elsewhere:
+            print(message, file=sys.stderr)
         return 2
-    except FloatingPointError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (FloatingPointError, storage.StorageError) as error:
+        distributed.fail(f"error: {error}", 1)
+        return 1
+    except OSError as error:
+        if storage.reason(error) is None:
+            raise
+        distributed.fail(f"error: {error.filename or 'output'}: {storage.reason(error)}", 1)
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _guard_processes(work: Callable[[], int]) -> int:
+    """`work()`, and one line where it fails because another process is gone."""
+    try:
+        return work()
+    except Exception as error:
+        if not distributed.is_lost_partner(error):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        print(f"error: another process is gone, see its own output ({reason}); what is saved is intact, start all processes again",
+              file=sys.stderr)
+        distributed.leave(1)
+        raise
 
 
 def use_compilation_cache() -> None:

@@ -18,20 +18,22 @@ from sim_jax.evals import features, figures
 _CHOICES = {
     "precision": ("highest", "high", "default"), "teacher.sampler": samplers.SAMPLERS,
     "generator.inputs": rollout.INPUTS, "fake_score.turns": ("every", "other"), "fake_score.images": recipe.IMAGES,
-    "gan.features": recipe.FEATURES, "gan.pairing": recipe.PAIRINGS,
+    "gan.features": recipe.FEATURES, "gan.pairing": recipe.PAIRINGS, "run.on_divergence": ("stop", "rollback"),
 }
 # (keys, in words, what must hold); "*." stands for both trained networks. A key that a config lacks, or None, is not checked.
 _RANGES: tuple[tuple[tuple[str, ...], str, Callable[[float], bool]], ...] = (
-    (("total_kimg", "batch_size", "generator.sigma_init", "fake_score.updates", "teacher.num_steps", "gan.clamp", "regression.num_pairs", "run.log_every", "run.probe_every",
-      "run.sample_every", "run.save_every", "run.keep", "run.grid", "run.probe_images", "run.batch_per_device", "network.sigma_data",
+    (("total_kimg", "batch_size", "generator.sigma_init", "fake_score.updates", "teacher.num_steps", "gan.clamp", "regression.num_pairs",
+      "run.log_every", "run.probe_every", "run.sample_every", "run.save_every", "run.keep",
+      "run.grid", "run.probe_images", "run.batch_per_device", "network.sigma_data",
       "network.img_resolution", "network.img_channels", "network.model_channels", "network.num_blocks", "network.channel_mult_emb",
       "data.max_size", "data.pad_to"),
      "above 0", lambda value: value > 0),
     (("max_batch_per_device", "ema.rampup", "generator.start_kimg", "gan.weight", "gan.critic_weight", "gan.start_kimg",
-      "regression.weight", "run.panel_images", "run.eval_every", "run.eval_images", "run.data_threads", "network.label_dim",
-      "network.augment_dim", "*.optimizer.final_fraction"), "0 or above", lambda value: value >= 0),
+      "regression.weight", "run.panel_images", "run.keep_every", "run.max_rollbacks", "run.eval_every", "run.eval_images", "run.data_threads",
+      "network.label_dim", "network.augment_dim", "*.optimizer.final_fraction"), "0 or above", lambda value: value >= 0),
     (("seed",), f"0 to {2**32 - 1}", lambda value: 0 <= value < 2**32),
     (("fake_score.augment_p",), "0 to 1", lambda value: 0 <= value <= 1),
+    (("run.rollback_lr",), "above 0, at most 1", lambda value: 0 < value <= 1),
     (("network.dropout", "network.label_dropout", "*.dropout"), "0 or above, below 1", lambda value: 0 <= value < 1),
 )
 

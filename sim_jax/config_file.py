@@ -1,13 +1,18 @@
-"""Config files: FILE.py:words -> a locked ConfigDict."""
+"""Config files: FILE.py:words -> a locked ConfigDict, and keys set on the command line."""
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 import pathlib
+import re
 import sys
+from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
-from ml_collections import ConfigDict
+from absl import flags
+from ml_collections import ConfigDict, config_flags
 
 
 def load_module(name: str) -> ModuleType:
@@ -43,3 +48,43 @@ def load(name: str) -> ConfigDict:
     if not isinstance(config, ConfigDict):
         raise ValueError(f"--config: {path}: get_config returned {type(config).__name__}, allowed: ConfigDict")
     return config.lock()
+
+
+def override(config: ConfigDict, arguments: Sequence[str]) -> list[str]:
+    """Sets `--config.KEY=VALUE` on `config`, in place.
+
+    Args:
+      config: locked: only keys that it has, and values of their types.
+      arguments: of the command line; nothing else than overrides may be among them.
+    Returns: the overrides. Raises ValueError for a key that does not exist, a value it cannot take, or anything else.
+    """
+    others = [a for a in arguments if not re.match(r"--?(no)?config\.", a)]
+    if others:
+        raise ValueError(f"arguments: got {others[0]!r}, allowed: those of --help, and --config.KEY=VALUE")
+    values = flags.FlagValues()
+    try:
+        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=list(arguments))
+        values(["", *arguments])
+    except flags.Error as error:
+        raise ValueError(str(error)) from None
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(explain(config, arguments, error)) from None
+    return list(arguments)
+
+
+def explain(config: ConfigDict, overrides: Sequence[str], error: Exception) -> str:
+    """Which override names a key that `config` does not have, or cannot take."""
+    for argument in overrides:
+        dotted = re.sub(r"--?(no)?config\.", "", argument.split("=")[0])
+        section: Any = config
+        path = dotted.split(".")
+        for i, part in enumerate(path):
+            if not isinstance(section, ConfigDict):
+                return f"config.{dotted}: cannot be set"
+            if part not in section:
+                close = difflib.get_close_matches(part, sorted(section), 1)
+                hint = f" (did you mean {'.'.join([*path[:i], close[0]])!r}?)" if close else ""
+                where = f"config.{'.'.join(path[:i])}" if i else "config"
+                return f"config.{dotted}: unknown key{hint}; allowed in {where}: {', '.join(sorted(section))}"
+            section = section[part]
+    return f"config: {error}"

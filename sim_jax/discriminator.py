@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from sim_jax import param_table
 from sim_jax.models import discriminator as models
+from sim_jax.models import memory
 from sim_jax.networks import Network
 from sim_jax.types import Array, Cond, Key, Params
 
@@ -29,6 +30,7 @@ class Discriminator:
       backbone: whose features it reads; the heads compute in its dtype.
       resolutions: of the features; () is the lowest alone.
       head: "conv" or "mean" (`sim_jax.models.discriminator`).
+      gather: of the heads' parameters, as a network's.
 
     Raises: ValueError, on construction, for resolutions that the backbone does not have, or an unknown head.
     """
@@ -36,6 +38,7 @@ class Discriminator:
     backbone: Network
     resolutions: tuple[int, ...] = ()
     head: str = "conv"
+    gather: memory.Gather | None = None
 
     def __post_init__(self) -> None:
         if self.head not in HEADS:
@@ -76,6 +79,7 @@ class Discriminator:
         def discriminate(x: Array, sigma: Array, cond: Cond) -> Array:
             maps = self.backbone.features(
                 backbone_params, x, sigma, cond, resolutions=self.resolutions, dropout_keys=dropout_keys)
-            return self.module.apply({"params": head_params}, maps)
+            with memory.gathering(self.gather):
+                return self.module.apply({"params": head_params}, maps)
 
         return discriminate

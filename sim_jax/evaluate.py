@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from sim_jax import cli
+from sim_jax import cli, distributed
 
 if TYPE_CHECKING:
     import numpy as np
@@ -62,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-rows", type=int, default=50_000, help="most images kept for metrics of single images (default %(default)s)")
     parser.add_argument("--batch", type=int, default=128, help="images drawn per device and call (default %(default)s)")
     parser.add_argument("--out", help="X.json (figures and protocol), X.html (a page with table and pictures) or X.png (the picture)")
+    distributed.add_arguments(parser)
     return parser
 
 
@@ -138,10 +139,9 @@ def _images(args: argparse.Namespace, path: str) -> _Target:
 
 def _network(args: argparse.Namespace, workdir: str | None, weights: str | None, layout: Layout, protocol: Protocol) -> _Target:
     import jax
-    import jax.numpy as jnp
     import numpy as np
 
-    from sim_jax import sampler_flags
+    from sim_jax import sampler_flags, sharding
     from sim_jax.comparison import PREVIEW
     from sim_jax.evals.generate import ImageSampler
 
@@ -150,7 +150,7 @@ def _network(args: argparse.Namespace, workdir: str | None, weights: str | None,
     loaded = sampler_flags.find(args, workdir=workdir, weights=weights)
     spec = sampler_flags.spec(args, loaded)
     sampler = ImageSampler(loaded.network, spec, loaded.latents(), layout=layout, batch_per_device=args.batch)
-    place = lambda: jax.device_put(jax.tree.map(jnp.asarray, loaded.params), layout.replicated)
+    place = lambda: sharding.place(loaded.params, jax.tree.map(lambda _: layout.replicated, loaded.params))
     about = {"path": workdir or weights, "ema": "none: the weights as they are", **{k: str(v) for k, v in loaded.origin.items()}}
 
     def measure(measure: Measure, **tell) -> Result:
@@ -183,7 +183,7 @@ def _open_measure(args: argparse.Namespace, targets: list[_Target], layout: Layo
 
     def progress(done: int, total: int) -> None:
         if not bars:
-            bars.append(ProgressBar(total, description="reference", unit="images"))
+            bars.append(ProgressBar(total, description="reference", unit="images", enabled=distributed.is_first()))
         bars[0].update(done)
 
     measure = runner.open_measure(features=name, metrics=metrics, reference=reference, layout=layout, image_shape=shape,
@@ -200,7 +200,7 @@ def _measure(target: _Target, measure: Measure) -> dict[str, Any]:
     from sim_jax.progress import ProgressBar
 
     begin = time.monotonic()
-    with ProgressBar(target.count, description=target.name, unit="images") as bar:
+    with ProgressBar(target.count, description=target.name, unit="images", enabled=distributed.is_first()) as bar:
         result = target.measure(measure, progress=bar.update, note=bar.note)
     return {"name": target.name, **result.numbers, "protocol": result.protocol, "details": result.details,
             "seconds": round(time.monotonic() - begin, 1), "pictures": result.pictures}
@@ -248,27 +248,31 @@ def _write(args: argparse.Namespace, entries: list[dict[str, Any]], previews: li
 
 
 def run(args: argparse.Namespace, command: str) -> int:
-    _check(args)
     cli.use_compilation_cache()
+    distributed.start(args)
+    distributed.together(lambda: _check(args))
     from sim_jax import comparison, sharding
     from sim_jax.evals import protocols, reference
 
-    protocol = protocols.get(args.protocol or "quick", count=args.num, seed=args.seed)
+    protocol = distributed.together(lambda: protocols.get(args.protocol or "quick", count=args.num, seed=args.seed))
     layout = sharding.Layout(sharding.make_mesh())
+    distributed.connect(layout.mesh)
     found = _targets(args, layout, protocol)
     targets = [target for target in found if isinstance(target, _Target)]
     measure = _open_measure(args, targets, layout) if targets or args.write_reference else None
     if args.write_reference:
-        print(f"{measure.reference.origin}: {reference.write_reference(args.write_reference, measure.reference)}")
+        distributed.by_first(lambda: reference.write_reference(args.write_reference, measure.reference))
+        distributed.say(f"{measure.reference.origin}: {args.write_reference}")
     entries = [_measure(target, measure) if isinstance(target, _Target) else target for target in found]
     if args.compare:
-        print(comparison.markdown([comparison.Entry(entry["name"], entry) for entry in entries]))
-    for entry in entries if not args.compare else ():
+        distributed.say(comparison.markdown([comparison.Entry(entry["name"], entry) for entry in entries]))
+    for entry in entries if not args.compare and distributed.is_first() else ():
         _print(entry)
     if args.out and entries:
         wanted = pathlib.Path(args.out).suffix in (".html", ".png")
-        _write(args, entries, [target.preview() if wanted and isinstance(target, _Target) else None for target in found], command)
-        print(f"written: {args.out}")
+        previews = [target.preview() if wanted and isinstance(target, _Target) else None for target in found]
+        distributed.by_first(lambda: _write(args, entries, previews, command))
+        distributed.say(f"written: {args.out}")
     return 0
 
 

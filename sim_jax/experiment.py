@@ -108,19 +108,31 @@ def build(config: ConfigDict, *, devices: Sequence[Any] | None = None, with_data
 
     shapes = jax.eval_shape(lambda: _random_state(recipe, None))
     shardings = sharding.tree_shardings(shapes, mesh, config.sharding.rules)
+    teacher_shardings = sharding.tree_shardings(teacher.network.shapes(), mesh, config.sharding.teacher_rules) if teacher else None
     return Experiment(
-        config=config, recipe=_with_shardings(recipe, shardings), teacher=teacher, source=source, shapes=shapes, shardings=shardings,
-        teacher_shardings=sharding.tree_shardings(teacher.network.shapes(), mesh, config.sharding.teacher_rules) if teacher else None,
-        start_steps=start_steps, total_steps=total_steps)
+        config=config, recipe=_with_shardings(recipe, shardings, teacher_shardings), teacher=teacher, source=source, shapes=shapes,
+        shardings=shardings, teacher_shardings=teacher_shardings, start_steps=start_steps, total_steps=total_steps)
 
 
-def _with_shardings(recipe: Recipe, shardings: DistillState) -> Recipe:
+def _with_shardings(recipe: Recipe, shardings: DistillState, teacher_shardings: Params | None) -> Recipe:
+    """The recipe whose networks know where their parameters lie, and gather them layer by layer where they are cut."""
+
+    def cut(network: Any, where: Params) -> Any:
+        return dataclasses.replace(network, gather=sharding.gather_at_use(where))
+
     def place(role: Role | None, where: TrainState | None) -> Role | None:
-        return role and dataclasses.replace(role, shardings=where.params)
+        return role and dataclasses.replace(role, network=cut(role.network, where.params), shardings=where.params)
 
-    adversary = recipe.adversary and dataclasses.replace(recipe.adversary, role=place(recipe.adversary.role, shardings.discriminator))
-    return dataclasses.replace(recipe, fake_score=place(recipe.fake_score, shardings.fake_score),
-                               generator=place(recipe.generator, shardings.generator), adversary=adversary)
+    fake_score = place(recipe.fake_score, shardings.fake_score)
+    teacher = recipe.teacher and cut(recipe.teacher, teacher_shardings)
+    adversary = recipe.adversary
+    if adversary is not None:
+        heads = dataclasses.replace(adversary.role.network, backbone=fake_score.network if adversary.features == "fake_score" else teacher)
+        adversary = dataclasses.replace(
+            adversary, role=place(dataclasses.replace(adversary.role, network=heads), shardings.discriminator))
+    return dataclasses.replace(
+        recipe, fake_score=fake_score, generator=place(recipe.generator, shardings.generator), teacher=teacher, adversary=adversary,
+        layout=dataclasses.replace(recipe.layout, late=True))
 
 
 def initial_state(experiment: Experiment) -> DistillState:
@@ -207,13 +219,17 @@ def plain(config: ConfigDict) -> dict[str, Any]:
     return json.loads(json.dumps(config.to_dict()))
 
 
+# What may change between a run and its resumption: how long it is, what it shows, and where (not what) it computes.
+MAY_CHANGE = ("run", "total_kimg", "sharding", "max_batch_per_device", "generator.remat", "fake_score.remat", "teacher.remat")
+
+
 def changes(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """The keys in which two plain configs differ, but for what may change on resumption (`run`, `total_kimg`)."""
+    """The keys in which two plain configs differ, but for MAY_CHANGE."""
     out = []
     for key in sorted(old.keys() | new.keys()):
         name = prefix + key
         a, b = old.get(key), new.get(key)
-        if name in ("run", "total_kimg") or a == b:
+        if name in MAY_CHANGE or a == b:
             continue
         out += changes(a, b, name + ".") if isinstance(a, Mapping) and isinstance(b, Mapping) else [f"{name}: {a!r} -> {b!r}"]
     return out

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sim_jax import checkpoint, networks, optim, sharding, weights
+from sim_jax import autoencoder, checkpoint, networks, optim, param_table, sharding, weights
 from sim_jax.data import labels
 from sim_jax.diffusion.samplers import FewStep
 from sim_jax.evals.generate import ImageSampler, Latents, SamplerSpec
@@ -97,6 +97,16 @@ def load_teacher(path: str, *, ema: str | None, spec: Mapping[str, Any]) -> Load
     network = networks.build(spec)
     params = sharding.to_host(jax.jit(network.init)(jax.random.key(int(seed))))
     return Loaded(network=network, params=params, few_step=None, origin={"path": path})
+
+
+def load_autoencoder(path: str | pathlib.Path, *, dtype: str = "float32") -> tuple[autoencoder.Autoencoder, Params, Mapping[str, Any]]:
+    """What `sim_jax.convert --kind=vae` wrote: (functions, float32 numpy tree of views of the file, header with its "hash").
+
+    Raises: ValueError for anything missing, damaged (the content hash is checked) or of another network.
+    """
+    state, header, source = weights.read(str(path))
+    model = autoencoder.build(header["network"], dtype=dtype)
+    return model, param_table.from_torch(state, model.shapes(), prefix="", source=source), header
 
 
 def _load_workdir(workdir: pathlib.Path, ema: str | None) -> Loaded:

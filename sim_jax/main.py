@@ -3,12 +3,12 @@
     python -m sim_jax.main --config=configs/digits.py --workdir=runs/digits
     python -m sim_jax.main --config=configs/cifar10.py:cond --workdir=runs/cifar10 --config.batch_size=512
 
-The same command again resumes. SIGTERM and SIGINT save first (exit codes 143 and 130). Bad input ends with one line and exit code 2.
+The same command again resumes. SIGTERM and SIGINT save first (exit codes 143 and 130). Bad input ends with one line and exit code 2,
+training that diverged or a full disk with one line and exit code 1.
 """
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from sim_jax import cli, config_file
+from sim_jax import cli, config_file, distributed
 
 _USAGE = "python -m sim_jax.main --config=configs/digits.py --workdir=runs/digits"
 
@@ -33,8 +33,13 @@ def _flags(config: ConfigDict | None, argv: list[str]) -> flags.FlagValues:
     else:
         config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
     flags.DEFINE_string("workdir", None, "Folder for checkpoints, figures, pictures and the report.", flag_values=values)
-    flags.DEFINE_enum("distributed", "auto", ["auto", "on", "off"],
-                      "Several processes: found by TPU pods, SLURM and Open MPI; 'on' insists.", flag_values=values)
+    distributed.define_flags(values)
+    flags.DEFINE_string("init_from", None, "Weights that a fresh run's generator starts from, instead of its teacher's: the workdir of another "
+                                           "run, or a file or directory of weights.", flag_values=values)
+    flags.DEFINE_string("init_ema", None, "Which average of that workdir, e.g. ema_500k, or raw; default: its first.", flag_values=values)
+    flags.DEFINE_string("init_networks", "generator", "What starts there: generator, or generator,fake_score.", flag_values=values)
+    flags.DEFINE_bool("accept_changes", False, "Lets a workdir go on with another config, where its state fits; recorded in config.json.",
+                      flag_values=values)
     return values
 
 
@@ -81,14 +86,15 @@ def _explain(config: ConfigDict, overrides: list[str], error: Exception) -> str:
     return f"config: {error}"
 
 
-def _start_processes(mode: str) -> None:
-    """Joins the other processes, where there are any."""
-    import jax
-
-    several = (len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1 or int(os.environ.get("SLURM_NTASKS", "1")) > 1
-               or int(os.environ.get("OMPI_COMM_WORLD_SIZE", "1")) > 1 or "JAX_COORDINATOR_ADDRESS" in os.environ)
-    if mode == "on" or (mode == "auto" and several):
-        jax.distributed.initialize()
+def _process_flags(argv: list[str]) -> flags.FlagValues:
+    """Those that say which process this is; all else is looked at once the processes are together."""
+    values = flags.FlagValues()
+    distributed.define_flags(values)
+    try:
+        values(argv, known_only=True)
+    except flags.Error as error:
+        raise ValueError(str(error)) from None
+    return values
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -98,14 +104,19 @@ def main(argv: list[str] | None = None) -> int:
         return 0
 
     def work() -> int:
-        config, values, overrides = _parse(argv)
         cli.use_compilation_cache()
         cli.keep_memory()
         cli.split_cpu()
-        _start_processes(values.distributed)
-        from sim_jax import train
+        distributed.start(_process_flags(argv))
+        config, values, overrides = distributed.together(lambda: _parse(argv))
+        distributed.check_same("arguments", f"{config} {values.workdir}")
+        from sim_jax import init_from, processes, train
 
-        return train.run(config, values.workdir, command=cli.command_line("sim_jax.main", argv), overrides=overrides)
+        init = init_from.parse(values.init_from, values.init_ema, values.init_networks)
+        code = train.run(config, values.workdir, command=cli.command_line("sim_jax.main", argv), overrides=overrides, init=init,
+                         accept_changes=values.accept_changes)
+        processes.meet("main/done")  # the first one may still be writing, and must not look lost to the others
+        return code
 
     return cli.guard(work)
 

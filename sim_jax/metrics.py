@@ -101,7 +101,7 @@ class MetricWriter:
         path = workdir / FILE_NAME
         truncate_metrics(path, start_step)
         try:
-            self._file = open(path, "ab")
+            self._file = open(path, "ab", buffering=0)  # nothing is left over for a file object to lose, or to complain about
         except OSError as error:
             raise ValueError(f"workdir: got {str(workdir)!r}, allowed: a folder that can be written "
                              f"({error.strerror})") from error
@@ -139,22 +139,23 @@ class MetricWriter:
         figures = {name: float(np.asarray(value).reshape(())) for name, value in metrics.items()}
         row = {"step": step, "kimg": kimg} | figures
         row = {name: value if math.isfinite(value) else None for name, value in row.items()}
-        self._file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
-        self._file.flush()
+        line = json.dumps(row, allow_nan=False).encode() + b"\n"
+        while line:
+            line = line[self._file.write(line):]  # a nearly full disk takes a part, and raises for the rest
         self.latest |= figures
-        if self._board is not None:
+        if self._board_works():
             for name, value in figures.items():
                 if math.isfinite(value):
                     self._board.add_scalar(name, value, global_step=step)
 
     def write_image(self, step: int, name: str, picture: np.ndarray) -> None:
         """Puts a picture, uint8 [H, W, C] (such as a grid of samples), among TensorBoard's images."""
-        if self._board is not None:
+        if self._board_works():
             self._board.add_image(name, np.asarray(picture), global_step=step, dataformats="HWC")
 
     def write_histogram(self, step: int, name: str, values: np.ndarray) -> None:
         """Puts a distribution among TensorBoard's histograms."""
-        if self._board is not None:
+        if self._board_works():
             self._board.add_histogram(name, np.asarray(values, np.float64), global_step=step)
 
     def flush(self) -> None:
@@ -162,18 +163,31 @@ class MetricWriter:
         if self._file is None:
             return
         self._convert()
-        self._file.flush()
-        if self._board is not None:
+        if self._board_works():
             self._board.flush()
+
+    def _board_works(self) -> bool:
+        """TensorBoard's events are written by a thread, which a full disk ends; what it is given then waits for ever, so it gets no more."""
+        if self._board is None:
+            return False
+        events = self._board.file_writer.event_writer
+        if events._worker is None or events._worker.is_alive():
+            return True
+        events._event_queue.cancel_join_thread()
+        logging.warning("TensorBoard's events end here: their writer has stopped")
+        self._board = None
+        return False
 
     def close(self) -> None:
         """Flushes and closes; later calls are no-ops."""
-        self.flush()
-        if self._file is not None:
-            self._file.close()
-        if self._board is not None:
-            self._board.close()
-        self._file = self._board = None
+        try:
+            self.flush()
+            if self._board_works():
+                self._board.close()
+        finally:
+            if self._file is not None:
+                self._file.close()
+            self._file = self._board = None
 
     def __enter__(self) -> MetricWriter:
         return self

@@ -1,7 +1,8 @@
 """From a network's description to pure functions: `build(spec) -> Network`.
 
 A description is the keyword arguments of EDM's or EDM2's preconditioner classes plus `precond`, the class, and `model_type`,
-the raw network's: what `network.json` holds and what a config's `network` section says. For instance
+the raw network's: what `network.json` holds and what a config's `network` section says. "DDPMPrecond" takes transformers, under their
+own names. For instance
 
     {"precond": "EDMPrecond", "model_type": "SongUNet", "img_resolution": 32, "img_channels": 3, "label_dim": 10, ...}
     {"precond": "Precond", "model_type": "EDM2UNet", "img_resolution": 64, "img_channels": 4, "label_dim": 1000, ...}
@@ -20,9 +21,11 @@ import jax
 import jax.numpy as jnp
 
 from sim_jax.diffusion import preconditioners
-from sim_jax.models import edm2, gaussian_mixture
+from sim_jax.models import edm2, gaussian_mixture, memory, transformer
 from sim_jax.models.adm import DhariwalUNet
+from sim_jax.models.dit import DiT
 from sim_jax.models.mlp import MLP
+from sim_jax.models.pixart import PixArt
 from sim_jax.models.song_unet import SongUNet
 from sim_jax.types import Array, Cond, DenoiseFn, Key, Params
 
@@ -53,6 +56,7 @@ _FAMILIES = (
            {"DhariwalUNet": DhariwalUNet, "SongUNet": SongUNet, "MLP": MLP}, {"img_channels": 3, "use_fp16": False}, prefix="model."),
     Family(("Precond",), {"EDM2UNet": edm2.EDM2UNet}, {"img_channels": 3, "use_fp16": True}, complete=edm2.complete,
            project=edm2.project),
+    Family(("DDPMPrecond",), {"DiT": DiT, "PixArt": PixArt}, {"img_channels": 4, "label_dim": 0}, complete=transformer.complete),
     Family(("Analytic",), {"GaussianMixture": gaussian_mixture.GaussianMixture}, {"img_channels": 3}, prefix="model.",
            complete=gaussian_mixture.complete, dtypes=("float32",)),
 )
@@ -82,6 +86,7 @@ class Network:
       module: the flax module of the raw network F.
       dtype: what F computes in; parameters, input and output are float32.
       family: where its names and its training come from.
+      gather: where parameters are cut over devices, what makes one of them whole right before its layer uses it; None elsewhere.
     """
 
     spec: Mapping[str, Any]
@@ -89,6 +94,7 @@ class Network:
     module: Any
     dtype: Any
     family: Family
+    gather: memory.Gather | None = None
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -103,6 +109,11 @@ class Network:
     @property
     def augment_dim(self) -> int:
         return self.spec["augment_dim"] if "augment_dim" in self.spec else 0
+
+    @property
+    def text_dim(self) -> int:
+        """Channels of the captions that it takes; 0: none."""
+        return self.spec["caption_channels"] if "caption_channels" in self.spec else 0
 
     def init(self, key: Key) -> Params:
         """Random parameters, float32, under the PyTorch names."""
@@ -125,7 +136,7 @@ class Network:
           params: as from `init`.
           x: [B,H,W,C], x_0 + sigma n.
           sigma: [B].
-          cond: labels; absent ones count as zeros, which EDM's networks read as "no label".
+          cond: labels; absent ones count as zeros, which EDM's networks read as "no label". Absent text is the null caption.
           dropout_keys: [B] keys to train with dropout; None evaluates.
         Returns: [B,H,W,C] float32.
         """
@@ -157,14 +168,19 @@ class Network:
             raise ValueError(f"gan.resolutions: got {tuple(resolutions)}, allowed: {allowed}")
         return [(r, r, channels[r]) for r in wanted]
 
-    def _raw(self, params: Params, x: Array, sigma: Array, cond: Cond, dropout_keys: Key | None, **how: bool) -> Any:
+    def _raw(self, params: Params, x: Array, sigma: Array, cond: Cond, dropout_keys: Key | None, **how: Any) -> Any:
         """F(c_in x; c_noise)."""
         _, _, c_in, c_noise = self.precond.coefficients(sigma.astype(jnp.float32))
         x = (c_in.reshape(-1, 1, 1, 1) * x.astype(jnp.float32)).astype(self.dtype)
         batch = x.shape[0]
         labels = jnp.zeros((batch, self.label_dim)) if cond.class_labels is None else cond.class_labels
         augment = jnp.zeros((batch, self.augment_dim)) if cond.augment_labels is None else cond.augment_labels
-        return self.module.apply({"params": params}, x, c_noise.reshape(-1), labels, augment, dropout_keys, **how)
+        if self.text_dim:
+            how = {"text": cond.text, "text_mask": cond.text_mask, **how}
+        elif cond.text is not None:
+            raise ValueError(f"cond.text: got text, allowed with {self.spec['model_type']}: None")
+        with memory.gathering(self.gather):
+            return self.module.apply({"params": params}, x, c_noise.reshape(-1), labels, augment, dropout_keys, **how)
 
     def bind(self, params: Params, *, dropout_keys: Key | None = None) -> DenoiseFn:
         """The DenoiseFn of these parameters."""
@@ -259,20 +275,21 @@ def differences(spec: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     return [f"{k}: {a.get(k)!r} != {b.get(k)!r}" for k in keys if a.get(k) != b.get(k)]
 
 
-def build(spec: Mapping[str, Any], *, dtype: str = "float32", remat: bool = False, dropout: float | None = None) -> Network:
+def build(spec: Mapping[str, Any], *, dtype: str = "float32", remat: str = "none", dropout: float | None = None) -> Network:
     """Builds the network that `spec` describes.
 
     Args:
       spec: constructor arguments, `precond` and `model_type`.
       dtype: what the raw network computes in, "float32" or "bfloat16". Parameters stay float32.
-      remat: recompute blocks in the backward pass, for memory.
+      remat: what blocks keep for the backward pass, of `memory.POLICIES`.
       dropout: replaces the description's dropout where given.
     Raises: ValueError for anything that the description should not hold.
     """
     spec = full_spec(spec if dropout is None else {**spec, "dropout": dropout})
     family = family_of(spec)
-    if dtype not in family.dtypes:
-        raise ValueError(f"dtype: got {dtype!r}, allowed: {', '.join(family.dtypes)}")
+    for key, got, allowed in (("dtype", dtype, family.dtypes), ("remat", remat, memory.POLICIES)):
+        if got not in allowed:
+            raise ValueError(f"{key}: got {got!r}, allowed: {', '.join(allowed)}")
     precond = preconditioners.make(
         spec["precond"], **{k: spec[k] for k in preconditioners.arguments(spec["precond"]) if k in spec})
     cls = family.models[spec["model_type"]]

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from sim_jax import files
+from sim_jax import files, processes
 from sim_jax.data import pipeline
 from sim_jax.evals.generate import ImageSampler, Latents, SamplerSpec
 from sim_jax.networks import Network
@@ -41,7 +41,7 @@ def open_pairs(workdir: pathlib.Path, *, count: int, seed: int, network: Network
     Raises: ValueError for a file that holds something else.
     """
     path = workdir / FILE_NAME
-    if not path.is_file():
+    if not processes.agreed(int(path.is_file())):
         sampler = ImageSampler(network, spec, latents, layout=layout, batch_per_device=batch_per_device, finish=np.asarray)
         images, classes = sampler(params, seed=_seed(seed), count=count, progress=progress)
         if jax.process_index() == 0:
@@ -57,11 +57,8 @@ def open_pairs(workdir: pathlib.Path, *, count: int, seed: int, network: Network
     return out
 
 
-def batches(pairs: dict[str, np.ndarray], *, seed: int, batch_size: int, start_step: int, process_index: int, process_count: int
-            ) -> Iterator[dict[str, Any]]:
-    """This process's rows of every step's batch from `start_step` on, in an order that is a function of (seed, step)."""
-    rows = batch_size // process_count
+def batches(pairs: dict[str, np.ndarray], *, seed: int, batch_size: int, start_step: int, rows: np.ndarray) -> Iterator[dict[str, Any]]:
+    """The rows [b] of every step's batch from `start_step` on that this process holds, in an order that is a function of (seed, step)."""
     for step in iter(range(start_step, 1 << 62)):
-        first = step * batch_size + process_index * rows
-        index = pipeline.image_order(np.arange(first, first + rows), size=len(pairs["label"]), seed=_seed(seed))
+        index = pipeline.image_order(step * batch_size + np.asarray(rows, np.int64), size=len(pairs["label"]), seed=_seed(seed))
         yield {"index": index.astype(np.uint32), "image": pairs["image"][index], "label": pairs["label"][index]}

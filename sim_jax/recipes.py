@@ -7,7 +7,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -43,11 +42,11 @@ def make(config: ConfigDict, objective: objectives.Objective, requirements: froz
     generator = role(config.generator, "generator", spec, updates, drop_labels=False) if distils else None
     recipe = Recipe(
         objective=objective, fake_score=fake_score, generator=generator,
-        teacher=networks.build(teacher.network.spec, dtype=config.teacher.dtype) if distils else None,
+        teacher=teacher_network(config, teacher) if distils else None,
         adversary=adversary(config, requirements, fake_score.network, teacher, total_steps), regression=regression_term(config, teacher),
         guidance=guidance(config, teacher), labels=labels.make(config.labels.scheme, spec["label_dim"], histogram=histogram(config)),
         augment=augmentation(config, fake_score.network), batch_size=config.batch_size,
-        micro_batches=micro_batches(config, mesh.size, len(few_step.sigmas)), loop="python" if jax.default_backend() == "cpu" else "scan",
+        micro_batches=micro_batches(config, mesh.size, len(few_step.sigmas)), loop="python" if mesh.devices.flat[0].platform == "cpu" else "scan",
         plan=few_step, inputs=config.generator.inputs, images=config.fake_score.images,
         ema=dict(halflife_kimg=tuple(config.ema.halflife_kimg), rampup=config.ema.rampup), layout=Layout(mesh))
     return recipe, start_steps, total_steps
@@ -121,6 +120,14 @@ def role(section: ConfigDict, name: str, spec: Mapping[str, Any], total_steps: i
         raise ValueError(f"{name}: {error}") from None
 
 
+def teacher_network(config: ConfigDict, teacher: load.Loaded) -> networks.Network:
+    """The teacher as the losses call it."""
+    try:
+        return networks.build(teacher.network.spec, dtype=config.teacher.dtype, remat=config.teacher.remat)
+    except ValueError as error:
+        raise ValueError(f"teacher.{error}") from None
+
+
 def levels(section: ConfigDict) -> Levels:
     """Of a config's `noise` section."""
     noise = given(section)
@@ -132,7 +139,7 @@ def adversary(config: ConfigDict, needs: frozenset[str], fake_score: networks.Ne
     if "discriminator" not in needs:
         return None
     section = config.gan
-    backbone = fake_score if section.features == "fake_score" else networks.build(teacher.network.spec, dtype=config.teacher.dtype)
+    backbone = fake_score if section.features == "fake_score" else teacher_network(config, teacher)
     heads = Discriminator(backbone, tuple(section.resolutions), section.head)
     try:
         weighting = weights.get_denoising(section.critic_weighting, sigma_data=backbone.spec.get("sigma_data", 0.5))

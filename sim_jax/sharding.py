@@ -6,16 +6,18 @@ A rule is (regex, strategy); the first regex found in an array's path (`generato
     fsdp           cut along the largest axis that divides evenly, over the mesh's last axis; small arrays are copied
     fsdp:NAME      the same over mesh axis NAME
 
-The batch is cut over all mesh axes. Under FSDP a step gathers parameters right before use (`Layout.gather`) and hands gradients
-back cut like the parameters (`Layout.scatter`): without these constraints the compiler may split convolutions by channel.
+The batch is cut over all mesh axes. Under FSDP a layer's parameters are gathered right before it computes, in the type that it computes
+in, and their gradients are summed over the devices and cut like the parameters (`gather_at_use`). Without these constraints the compiler
+splits convolutions by channel; with the whole tree gathered at once (`Layout.gather`) it keeps all of it until the backward pass ends.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -26,6 +28,7 @@ from jax.sharding import PartitionSpec as P
 from sim_jax.types import Array, Params
 
 _SMALLEST = 1024  # arrays with fewer numbers are not worth a collective
+_TILE = 8         # rows of a TPU's register: parts of other sizes are padded, and then shifted between devices
 
 
 def make_mesh(axes: str = "data:-1", *, devices: Sequence[Any] | None = None) -> Mesh:
@@ -55,7 +58,7 @@ def _fsdp_spec(shape: tuple[int, ...], size: int, axis: str) -> P:
     fitting = [(n, i) for i, n in enumerate(shape) if n % size == 0]
     if math.prod(shape) < _SMALLEST or not fitting:
         return P()
-    largest = max(fitting)[1]
+    largest = max((n % (size * _TILE) == 0, n, i) for n, i in fitting)[2]
     return P(*(axis if i == largest else None for i in range(len(shape))))
 
 
@@ -96,9 +99,15 @@ def tree_shardings(tree: Any, mesh: Mesh, rules: Sequence[tuple[str, str]]) -> A
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """What a step needs to know of the mesh; `None` (tests, one device) constrains nothing."""
+    """What a step needs to know of the mesh; `None` (tests, one device) constrains nothing.
+
+    Attributes:
+      mesh: the devices.
+      late: the networks gather their own parameters, layer by layer (`gather_at_use`), so `gather` leaves them cut.
+    """
 
     mesh: Mesh | None = None
+    late: bool = False
 
     @property
     def replicated(self) -> NamedSharding:
@@ -113,12 +122,51 @@ class Layout:
         return tree if self.mesh is None else jax.lax.with_sharding_constraint(tree, self.batch)
 
     def gather(self, params: Params) -> Params:
-        """Whole parameters, right before use."""
-        return params if self.mesh is None else jax.lax.with_sharding_constraint(params, self.replicated)
+        """Whole parameters, unless the networks see to that themselves."""
+        return params if self.mesh is None or self.late else jax.lax.with_sharding_constraint(params, self.replicated)
 
     def scatter(self, grads: Params, shardings: Params | None) -> Params:
         """Gradients cut like the parameters they belong to."""
         return grads if self.mesh is None or shardings is None else jax.lax.with_sharding_constraint(grads, shardings)
+
+
+def gather_at_use(shardings: Params) -> Callable[[tuple[str, ...], Array, Any, Array | None], Array] | None:
+    """What makes a network's parameters whole, one by one: (path, array, dtype, after) -> the array in `dtype`, on every device.
+
+    It is gathered once `after` is there, and its gradient is summed over the devices and cut as `shardings` say. None where no parameter is
+    cut.
+    """
+    cut = {tuple(key.key for key in path): where for path, where in jax.tree_util.tree_leaves_with_path(shardings)
+           if not where.is_fully_replicated}
+
+    def gather(path: tuple[str, ...], array: Array, dtype: Any, after: Array | None = None) -> Array:
+        if path not in cut:
+            return array.astype(dtype)
+        if after is not None:
+            array, _ = jax.lax.optimization_barrier((array, jax.lax.stop_gradient(after)))
+        return _whole(cut[path], jax.numpy.dtype(dtype), array)
+
+    return gather if cut else None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _whole(where: NamedSharding, dtype: Any, array: Array) -> Array:
+    # The cast comes first, so that half as much is sent in bfloat16.
+    part = jax.lax.with_sharding_constraint(array.astype(dtype), where)
+    return jax.lax.with_sharding_constraint(part, NamedSharding(where.mesh, P()))
+
+
+def _whole_forward(where: NamedSharding, dtype: Any, array: Array) -> tuple[Array, None]:
+    return _whole(where, dtype, array), None
+
+
+def _whole_backward(where: NamedSharding, dtype: Any, _: None, gradient: Array) -> tuple[Array]:
+    # Whole first: asked for the part alone, the partitioner splits the convolution that makes it and sends activations around.
+    gradient = jax.lax.with_sharding_constraint(gradient, NamedSharding(where.mesh, P()))
+    return (jax.lax.with_sharding_constraint(gradient, where).astype(jax.numpy.float32),)
+
+
+_whole.defvjp(_whole_forward, _whole_backward)
 
 
 def place(tree: Any, shardings: Any) -> Any:
@@ -129,6 +177,25 @@ def place(tree: Any, shardings: Any) -> Any:
         return jax.make_array_from_callback(array.shape, sharding, lambda index: np.array(array[index]))
 
     return jax.tree.map(one, tree, shardings)
+
+
+def local_rows(sharding: NamedSharding, count: int) -> np.ndarray:
+    """Which of `count` rows, cut by `sharding`, lie on this process's devices; int64, ascending.
+
+    On TPU pods the mesh follows the wires, so they need not be one range.
+    """
+    parts = {part[0].indices(count)[:2] for part in sharding.addressable_devices_indices_map((count,)).values()}
+    return np.concatenate([np.arange(*part) for part in sorted(parts)])
+
+
+def from_rows(rows: np.ndarray, local: np.ndarray, sharding: NamedSharding, count: int) -> Array:
+    """The global array [count, ...] cut by `sharding`, of which every process gives its `local_rows`, [len(rows), ...]."""
+
+    def part(index):
+        start, stop, _ = index[0].indices(count)
+        return local[np.searchsorted(rows, start):][: stop - start]
+
+    return jax.make_array_from_callback((count, *local.shape[1:]), sharding, part)
 
 
 def to_host(tree: Any) -> Any:

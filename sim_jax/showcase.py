@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import pathlib
 import time
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from sim_jax import images, load, optim, panels, probes, report, sharding, steps, views, weights
+from sim_jax import distributed, images, load, optim, panels, probes, processes, report, sharding, steps, views, weights
 from sim_jax import metrics as metric_files
 from sim_jax.data import pipeline
 from sim_jax.data.source import gather
@@ -134,11 +135,11 @@ class Showcase:
         """Writes the weights of the lowest `run.best` so far, in the format of sim_jax.export."""
         metric, experiment = self._experiment.config.run.best, self._experiment
         value = figures.get(metric)
-        if not metric or value is None or not value < self._best:
+        if not metric or value is None or not processes.agreed(int(value < self._best)):  # machines may round a figure differently
             return
         self._best = value
         host = sharding.to_host(params)
-        if jax.process_index() == 0:
+        if distributed.is_first():
             info = {"step": step, "ema": name, "labels": experiment.config.labels.to_dict(), "figures": {"generator": {metric: value}},
                     **(load.few_step_info(experiment.recipe.plan) if experiment.distils else {})}
             weights.save_file(self._workdir / BEST, host, experiment.trained.network.spec, info)
@@ -191,12 +192,19 @@ class Showcase:
         sampler, params = self._trained(state)
         generated, _ = sampler(params, seed=views.EVAL_SEED, count=experiment.config.run.eval_images)
         where = 1.2 * np.max(np.abs(views.exact(experiment, 1000, seed=10))) * np.stack(np.meshgrid(side, side), -1).reshape(-1, 2)
-        x = jnp.asarray(where, jnp.float32).reshape(-1, 1, 1, 2)
-        networks = dict(zip(("teacher", "fake score"), steps.score_networks(experiment.recipe, state.fake_score.params, self._teacher_params)))
-        sigma = jnp.full(len(where), _FIELD_SIGMA)
-        fields = {name: np.asarray((fn(x, sigma, Cond()) - x) / _FIELD_SIGMA**2).reshape(-1, 2) for name, fn in networks.items()}
+        x, sigma = where.astype(np.float32).reshape(-1, 1, 1, 2), np.full(len(where), _FIELD_SIGMA, np.float32)
+
+        @functools.partial(jax.jit, out_shardings=experiment.layout.replicated)
+        def scores(fake_params: Params, teacher_params: Params) -> dict[str, jax.Array]:
+            pair = steps.score_networks(experiment.recipe, fake_params, teacher_params)
+            return {name: (fn(jnp.asarray(x), jnp.asarray(sigma), Cond()) - x) / _FIELD_SIGMA**2
+                    for name, fn in zip(("teacher", "fake score"), pair)}
+
+        fields = {name: field.reshape(-1, 2) for name, field in
+                  sharding.to_host(scores(state.fake_score.params, self._teacher_params)).items()}
         picture = views.plane(experiment, generated.reshape(len(generated), -1), fields, where, _FIELD_SIGMA, figures, among_real["swd"])
-        images.save_png(self._path("plane"), picture)
+        if distributed.is_first():
+            images.save_png(self._path("plane"), picture)
         return picture
 
     def _progress(self, rows: int = 6) -> dict[str, np.ndarray]:

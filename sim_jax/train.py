@@ -2,150 +2,215 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
 import itertools
-import json
-import os
 import pathlib
-import platform
 import signal
-import sys
-import time
-from collections.abc import Iterator, Sequence
-from importlib import metadata
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from clu import parameter_overview
 from ml_collections import ConfigDict
 
-from sim_jax import checkpoint, files, optim, pairs, probes, sharding, showcase, steps
+from sim_jax import checkpoint, distributed, health, init_from, interrupts, pairs, probes, processes, sharding, showcase, storage, workdirs
 from sim_jax import experiment as experiments
 from sim_jax.data import images as image_data
 from sim_jax.data import pipeline
 from sim_jax.experiment import Experiment
+from sim_jax.init_from import Init
 from sim_jax.metrics import MetricWriter
 from sim_jax.progress import Clock, ProgressBar
+from sim_jax.state import DistillState
+from sim_jax.types import Params
+from sim_jax.workdirs import device_name
 
-_PACKAGES = ("sim_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "ml-collections", "numpy")
-_EXIT_CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
+_FIGURES = ("generator/loss", "fake_score/loss", "discriminator/loss", "denoiser/loss", "fd/generator")  # in the progress bar
 
 
-def run(config: ConfigDict, workdir: str | pathlib.Path, *, command: str = "", overrides: Sequence[str] = ()) -> int:
+def run(config: ConfigDict, workdir: str | pathlib.Path, *, command: str = "", overrides: Sequence[str] = (), init: Init | None = None,
+        accept_changes: bool = False) -> int:
     """Trains until `total_kimg`, resuming from whatever the workdir holds.
 
     Args:
       config: as from configs/common.py.
       workdir: checkpoints, figures, pictures and the report go here.
       command, overrides: recorded in config.json and the report.
+      init: other weights for a fresh run's networks to start from.
+      accept_changes: a workdir of another config goes on with this one, where its state fits.
     Returns: the exit code: 0 when done (at once, if the workdir's run is), 143 or 130 after SIGTERM or SIGINT (with the state saved).
-    Raises: ValueError for bad input, before anything is compiled; FloatingPointError if training diverges.
+    Raises: ValueError for bad input, before anything is compiled; FloatingPointError if training diverges; StorageError for a full disk.
     """
     clock = Clock()
     jax.config.update("jax_default_matmul_precision", config.precision)
 
     # Check everything, then claim the workdir.
-    experiment = experiments.build(config)
-    if experiment.source is not None:
-        image_data.validate(experiment.source)
-    main_process = jax.process_index() == 0
-    workdir = _claim(pathlib.Path(workdir), experiment, command, overrides, write=main_process)
-    bar = ProgressBar(experiment.total_steps, description=workdir.name, images_per_step=config.batch_size, enabled=main_process,
-                      figures=("generator/loss", "fake_score/loss", "discriminator/loss", "denoiser/loss", "fd/generator"))
+    workdir, main_process = pathlib.Path(workdir), distributed.is_first()
+    newest = functools.partial(checkpoint.latest_step, workdir / "checkpoints")
+    fresh = processes.agreed(int(newest() is None))
 
-    with checkpoint.Checkpoints(workdir / "checkpoints", keep=config.run.keep) as checkpoints, _Signals() as signals:
-        # States: the newest checkpoint, or a fresh start.
-        first, seconds = checkpoints.latest() or 0, 0.0
-        if first == experiment.total_steps and _reported_steps(workdir) == first:
+    def check() -> tuple[Experiment, init_from.Found | None]:
+        experiment = experiments.build(config)
+        if experiment.source is not None:
+            image_data.validate(experiment.source)
+        health.check_finite(experiment.teacher and experiment.teacher.params, "teacher.path")
+        return experiment, init_from.find(init, experiment) if init is not None and fresh else None
+
+    experiment, start = distributed.together(check)
+    with storage.explained(workdir, newest):
+        workdir = distributed.together(lambda: workdirs.claim(
+            workdir, experiment, command=command, overrides=overrides, accept_changes=accept_changes, write=main_process,
+            init=init and {**init.plain(), "origin": start and dict(start.origin)}))
+    distributed.check_shared(workdir)
+    distributed.connect(experiment.layout.mesh)
+    bar = ProgressBar(experiment.total_steps, description=workdir.name, images_per_step=config.batch_size, enabled=main_process,
+                      figures=_FIGURES)
+    if init is not None:
+        bar.note(start.note if start else "--init_from is ignored: the run goes on from its own checkpoint")
+    knobs = dict(keep=config.run.keep, keep_every=config.run.keep_every, best=config.run.best, note=bar.note)
+
+    with (storage.explained(workdir, newest), workdirs.locked(workdir, wanted=main_process),
+          checkpoint.Checkpoints(workdir / "checkpoints", **knobs) as checkpoints, interrupts.Interrupts() as signals):
+        first = processes.agreed(checkpoints.latest() or 0)
+        if first == experiment.total_steps and processes.agreed(int(workdirs.reported_steps(workdir) == first)):
             bar.note(f"step {first} of {first}: nothing is left to do; to measure again delete {workdir / 'report.json'}")
             return 0
-        if first:
-            state, meta = checkpoints.restore(first, experiment.shapes, experiment.shardings)
-            seconds = meta["seconds"]
-            bar.note(f"resuming at step {first} of {experiment.total_steps}")
-        else:
-            state = experiments.initial_state(experiment)
-        clock = Clock(earlier=seconds + clock.seconds)
-        teacher_params = None
-        if experiment.teacher is not None:
-            teacher_params = sharding.place(experiment.teacher.params, experiment.teacher_shardings)
-
-        with MetricWriter(workdir, start_step=first, enabled=main_process) as writer:
-            show = showcase.Showcase(experiment, workdir, writer, teacher_params)
-            drawn = draw_pairs(experiment, workdir, teacher_params, bar)
-            code, state = _loop(experiment, state, teacher_params, drawn, first, clock, checkpoints, writer, bar, show, signals)
-            if code:
-                return code
-            signals.all_is_saved = True
-            bar.note("measuring the final figures")
-            show.finish(state, seconds=clock.seconds, to_first_step=clock.seconds_to_first_step, command=command,
-                        versions=versions(), device=device_name())
-        bar.close()
+        clock, code = _Run(experiment=experiment, workdir=workdir, checkpoints=checkpoints, signals=signals, bar=bar, start=start,
+                           command=command).to_the_end(clock)
+        if code:
+            return code
     if main_process:
         print(f"done in {clock.seconds:.0f} s: {workdir / 'report.html'}", flush=True)
     return 0
 
 
-def _loop(experiment: Experiment, state, teacher_params, drawn: dict[str, np.ndarray] | None, first: int, clock: Clock, checkpoints, writer: MetricWriter,
-          bar: ProgressBar, show: showcase.Showcase, signals: _Signals) -> tuple[int, Any]:
-    """Iterations `first` to the end. Returns (exit code or 0, state)."""
-    config, recipe = experiment.config, experiment.recipe
-    every, total = config.run, experiment.total_steps
-    key = jax.random.key(config.seed)
-    replicated, step_fn = recipe.layout.replicated, make_step(experiment)
-    probe_fn, probe_key = None, jax.random.key(config.seed + 1)
-    if experiment.distils:
-        levels = probes.run_levels(config.generator.noise)
-        probe_fn = jax.jit(probes.make_probe(recipe, levels, count=_probe_count(experiment)), out_shardings=replicated)
-    largest_fn = jax.jit(_largest, out_shardings=replicated)
-    block = jax.default_backend() == "cpu"  # programs that queue up on fake devices deadlock
+@dataclasses.dataclass(kw_only=True, eq=False)
+class _Run:
+    """A run, in as many attempts as it takes: one, unless training diverges and rolls back."""
 
-    batches = make_batches(experiment, first, drawn)
-    if first < total:
-        bar.note(f"{experiment.trained.network.num_params():,} parameters on {device_name()}; compiling the first step")
-    if first == 0:
-        show.samples(0, state)
-    last_loss = None
-    for step in range(first, total):
-        state, metrics = step_fn(state, teacher_params, key, next(batches), **experiment.turns(step))
-        done = step + 1
-        if block or step == first:
-            jax.block_until_ready(metrics)
-        clock.count(config.batch_size)
-        kimg = done * config.batch_size / 1000
+    experiment: Experiment
+    workdir: pathlib.Path
+    checkpoints: checkpoint.Checkpoints
+    signals: interrupts.Interrupts
+    bar: ProgressBar
+    start: init_from.Found | None
+    command: str
 
-        if done % every.log_every == 0 or done == total:
-            figures = dict(metrics) | {"images_per_second": clock.images_per_second(), "seconds": clock.seconds}
-            if probe_fn is not None and (done % every.probe_every == 0 or done == total):
+    def to_the_end(self, clock: Clock) -> tuple[Clock, int]:
+        """Returns (clock, exit code)."""
+        experiment = self.experiment
+        first, state, meta = self._state()
+        if first:
+            self.bar.note(f"resuming at step {first} of {experiment.total_steps}")
+        clock = Clock(earlier=meta.get("seconds", 0.0) + clock.seconds)
+        teacher_params = None
+        if experiment.teacher is not None:
+            teacher_params = sharding.place(experiment.teacher.params, experiment.teacher_shardings)
+        drawn = draw_pairs(experiment, self.workdir, teacher_params, self.bar)
+        step_fn, pace = make_step(experiment), health.Pace.read(meta, experiment.config.run)
+        while True:
+            try:
+                return clock, self._attempt(first, state, pace, teacher_params, drawn, step_fn, clock)
+            except health.Diverged as error:
+                pace, why, state = pace.slower(error), error.short, None  # the state's memory is needed
+            first, state, meta = self._state()
+            self.bar.note(f"{why}: back to step {first}, {pace.text}")
+
+    def _state(self) -> tuple[int, DistillState, dict[str, Any]]:
+        """(step, state, meta) of the newest good checkpoint, or of a fresh start."""
+        found = self.checkpoints.restore_newest(self.experiment.shapes, self.experiment.shardings)
+        if found is not None:
+            return found
+        state = experiments.initial_state(self.experiment)
+        return 0, state if self.start is None else init_from.replace(state, self.start, self.experiment), {}
+
+    def _attempt(self, first: int, state: DistillState, pace: health.Pace, teacher_params: Params | None,
+                 drawn: dict[str, np.ndarray] | None, step_fn: Callable[..., Any], clock: Clock) -> int:
+        """From step `first` to the report. Returns the exit code."""
+        with MetricWriter(self.workdir, start_step=first, enabled=distributed.is_first()) as writer:
+            show = showcase.Showcase(self.experiment, self.workdir, writer, teacher_params)
+            code, state = self._loop(first, state, pace, teacher_params, drawn, step_fn, clock, writer, show)
+            if code:
+                return code
+            self.signals.all_is_saved = True
+            self.bar.note("measuring the final figures")
+            show.finish(state, seconds=clock.seconds, to_first_step=clock.seconds_to_first_step, command=self.command,
+                        versions=workdirs.versions(), device=device_name())
+        self.bar.close()
+        return 0
+
+    def _loop(self, first: int, state: DistillState, pace: health.Pace, teacher_params: Params | None, drawn: dict[str, np.ndarray] | None,
+              step_fn: Callable[..., Any], clock: Clock, writer: MetricWriter, show: showcase.Showcase) -> tuple[int, DistillState]:
+        """Iterations `first` to the end. Returns (exit code or 0, state)."""
+        experiment, bar, checkpoints, signals = self.experiment, self.bar, self.checkpoints, self.signals
+        config, recipe, every, total = experiment.config, experiment.recipe, experiment.config.run, experiment.total_steps
+        key, probe_key, replicated = jax.random.key(config.seed), jax.random.key(config.seed + 1), recipe.layout.replicated
+        probe_fn = None
+        if experiment.distils:
+            levels = probes.run_levels(config.generator.noise)
+            probe_fn = jax.jit(probes.make_probe(recipe, levels, count=_probe_count(experiment)), out_shardings=replicated)
+        monitor = health.Monitor(config.batch_size, jax.jit(health.parts, out_shardings=replicated), teacher_params, checkpoints.settled)
+        scale = pace.argument(replicated)
+        block = jax.default_backend() == "cpu"  # programs that queue up on fake devices deadlock
+
+        def due(done: int) -> bool:
+            return done == total or any(n and done % n == 0 for n in (every.save_every, every.keep_every, every.eval_every))
+
+        def measure(done: int) -> None:
+            """The figures of a saved step. A signal puts them off: the resumed run sees that they are missing."""
+            with clock.pause(), contextlib.suppress(interrupts.Abandoned), signals.abandonable():
+                figures = show.measure(done, state)
+                if figures:
+                    writer.write(done, done * config.batch_size / 1000, figures)
+                    writer.flush()
+                checkpoints.record(done, figures)
+
+        batches = make_batches(experiment, first, drawn)
+        if first < total:
+            bar.note(f"{experiment.trained.network.num_params():,} parameters on {device_name()}; compiling the first step")
+        if first == 0:
+            show.samples(0, state)
+        if first and every.eval_every and first % every.eval_every == 0 and first < total and not checkpoints.measured(first):
+            measure(first)
+        for step in range(first, total):
+            state, metrics = step_fn(state, teacher_params, key, next(batches), scale, **experiment.turns(step))
+            done = step + 1
+            if block or step == first:
+                jax.block_until_ready(metrics)
+            metrics = monitor.add(done, metrics)
+            clock.count(config.batch_size)
+            kimg = done * config.batch_size / 1000
+
+            if done % every.log_every == 0 or done == total:
+                figures = dict(metrics) | {"images_per_second": clock.images_per_second(), "seconds": clock.seconds} | pace.figures
+                if probe_fn is not None and (done % every.probe_every == 0 or done == total):
+                    with clock.pause():
+                        probed = probe_fn(state, teacher_params, probe_key)
+                        figures |= jax.block_until_ready(probed) if block else probed
+                monitor.line()  # one line late, so that the host never waits for the step it has just dispatched
+                writer.write(done, kimg, {name: value for name, value in figures.items() if value is not None})
+            bar.update(done, writer.latest)
+            if done % every.sample_every == 0 or done == total:
                 with clock.pause():
-                    probed = probe_fn(state, teacher_params, probe_key)
-                    figures |= jax.block_until_ready(probed) if block else probed
-            if every.eval_every and done % every.eval_every == 0 and done < total:
+                    show.samples(done, state)
+            checkpoints.check()
+            stopped = signals.stop(done)
+            if due(done) or stopped:
                 with clock.pause():
-                    figures |= show.measure(done, state)
-            # One line late, so that the host never waits for the step it has just dispatched.
-            _stop_if_diverged(last_loss, done - every.log_every)
-            last_loss = {name: value for name, value in metrics.items() if name.endswith(("/loss", "/grad_norm"))}
-            writer.write(done, kimg, {name: value for name, value in figures.items() if value is not None})
-        bar.update(done, writer.latest)
-        if done % every.sample_every == 0 or done == total:
-            with clock.pause():
-                show.samples(done, state)
-        stopped = signals.received
-        if done % every.save_every == 0 or done == total or stopped:
-            with clock.pause():
-                _stop_if_diverged({k: v for k, v in metrics.items() if k.endswith(("/loss", "/grad_norm"))}, done)
-                _stop_if_diverged({"the largest parameter": largest_fn(state)}, done)  # what the last step made, no loss has seen
-                writer.flush()
-                checkpoints.save(done, state, {"seconds": clock.seconds, "kimg": kimg})
-        if stopped:
-            checkpoints.wait()
-            bar.note(f"{signal.Signals(stopped).name}: saved step {done} of {total}; the same command resumes")
-            return _EXIT_CODES[stopped], state
-    checkpoints.wait()
-    return 0, state
+                    monitor.everything(done, state)
+                    writer.flush()
+                    checkpoints.save(done, state, {"seconds": clock.seconds, "kimg": kimg} | pace.meta)
+            if every.eval_every and done % every.eval_every == 0 and done < total and not stopped:
+                measure(done)  # after the save, so that nothing is lost in these minutes
+                stopped = signals.received if jax.process_count() == 1 else None
+            if stopped:
+                checkpoints.wait()
+                bar.note(f"{signal.Signals(stopped).name}: saved step {done} of {total}; the same command resumes")
+                return interrupts.EXIT_CODES[stopped], state
+        checkpoints.wait()
+        return 0, state
 
 
 def _probe_count(experiment: Experiment) -> int:
@@ -153,23 +218,9 @@ def _probe_count(experiment: Experiment) -> int:
     return -(-experiment.config.run.probe_images // size) * size
 
 
-def _largest(state) -> jax.Array:
-    """The largest magnitude among the networks' parameters; NaN if there is one."""
-    trained = [network.params for network in (state.generator, state.fake_score, state.discriminator) if network is not None]
-    return jnp.max(jnp.stack([jnp.max(jnp.abs(leaf)) for leaf in jax.tree.leaves(trained)]))
-
-
-def _stop_if_diverged(metrics: dict[str, Any] | None, step: int) -> None:
-    """Raises FloatingPointError naming the first figure that is not finite; nothing is saved after it."""
-    for name, value in sorted((metrics or {}).items()):
-        if not np.isfinite(float(value)):
-            raise FloatingPointError(f"{name} is {float(value)} at or before step {step}: training has diverged; the last checkpoint is "
-                                     "intact, lower the learning rate or start from it with another seed")
-
-
 def make_step(experiment: Experiment):
-    """The jitted training iteration: (state, teacher_params, key, batch, *, update_critic, update_generator) -> (state, metrics)."""
-    return jax.jit(functools.partial(steps.train_step, experiment.recipe), donate_argnums=0,
+    """The jitted training iteration: (state, teacher_params, key, batch, lr_scale, *, update_critic, update_generator) -> (state, metrics)."""
+    return jax.jit(functools.partial(health.watched_step, experiment.recipe), donate_argnums=0,
                    static_argnames=("update_critic", "update_generator"), out_shardings=(experiment.shardings, experiment.layout.replicated))
 
 
@@ -187,8 +238,8 @@ def draw_pairs(experiment: Experiment, workdir: pathlib.Path, teacher_params, ba
 def make_batches(experiment: Experiment, first: int, drawn: dict[str, np.ndarray] | None) -> Iterator[dict[str, Any] | None]:
     """Global device arrays from this process's share of each batch; None for ever in a data-free run."""
     config, layout = experiment.config, experiment.layout
-    where = dict(seed=config.seed, batch_size=config.batch_size, start_step=first, process_index=jax.process_index(),
-                 process_count=jax.process_count())
+    rows = sharding.local_rows(layout.batch, config.batch_size)
+    where = dict(seed=config.seed, batch_size=config.batch_size, start_step=first, rows=rows)
     images = pair_batches = itertools.repeat(None)
     if experiment.source is not None:
         images = pipeline.make_batches(experiment.source, **where, num_threads=config.run.data_threads)
@@ -196,102 +247,9 @@ def make_batches(experiment: Experiment, first: int, drawn: dict[str, np.ndarray
         pair_batches = pairs.batches(drawn, **where)
 
     def place(batch):
-        return {name: jax.make_array_from_process_local_data(layout.batch, batch[name]) for name in ("index", "image", "label") if name in batch}
+        return {name: sharding.from_rows(rows, batch[name], layout.batch, config.batch_size) for name in ("index", "image", "label")
+                if name in batch}
 
     for batch, pair in zip(images, pair_batches):
         given = ({} if batch is None else place({"image": batch["image"], "label": batch["label"]}))
         yield (given | ({} if pair is None else {"pair": place(pair)})) or None
-
-
-class _Signals:
-    """Remembers SIGTERM and SIGINT instead of dying, for the loop to save first; a second one kills as usual.
-
-    Attributes:
-      received: the signal.
-      all_is_saved: set by the run once nothing is left to save; a signal then ends it at once.
-    """
-
-    received: int | None = None
-    all_is_saved = False
-
-    def _take(self, number: int, frame: Any) -> None:
-        if self.all_is_saved:
-            print(f"{signal.Signals(number).name}: everything is saved; the same command finishes the report", file=sys.stderr)
-            raise SystemExit(_EXIT_CODES[number])
-        self.received = number
-        signal.signal(number, self._before[number])
-
-    def __enter__(self) -> _Signals:
-        self._before = {number: signal.signal(number, self._take) for number in _EXIT_CODES}
-        return self
-
-    def __exit__(self, *unused: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-
-def _reported_steps(workdir: pathlib.Path) -> int | None:
-    """The length of the run that report.json tells of."""
-    path = workdir / "report.json"
-    return checkpoint.read_json(path).get("steps") if path.is_file() and (workdir / "report.html").is_file() else None
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of what the figures depend on."""
-    out = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            out[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            out[name] = "not installed"
-    return out
-
-
-def device_name() -> str:
-    """E.g. "8 x NVIDIA H100 80GB HBM3", or the CPU's model and cores."""
-    count, device = jax.device_count(), jax.devices()[0]
-    if device.platform != "cpu":
-        return f"{count} x {device.device_kind}" if count > 1 else device.device_kind
-    names = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
-    name = names[0] if names else platform.processor() or "CPU"
-    return f"{name} ({os.cpu_count()} cores{f' as {count} devices' if count > 1 else ''})"
-
-
-def _lines(path: str) -> list[str]:
-    try:
-        return pathlib.Path(path).read_text().splitlines()
-    except OSError:
-        return []
-
-
-def _claim(workdir: pathlib.Path, experiment: Experiment, command: str, overrides: Sequence[str], *, write: bool) -> pathlib.Path:
-    """Makes the workdir this config's, or checks that it already is.
-
-    Raises: ValueError if it cannot be written, belongs to another config or to a longer run, or holds something else.
-    """
-    record = {
-        "config": experiments.plain(experiment.config),
-        "network": json.loads(json.dumps(dict(experiment.trained.network.spec))),
-        "ema_names": list(optim.ema_names(experiment.config.ema.halflife_kimg)),
-        "overrides": list(overrides), "command": command, "versions": versions(), "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-    }
-    path = workdir / "config.json"
-    if path.exists():
-        old = checkpoint.read_json(path)
-        different = experiments.changes(old.get("config", {}), record["config"])
-        if different:
-            raise ValueError(f"workdir: {workdir} belongs to another config: {'; '.join(different[:6])}"
-                             f"{f' and {len(different) - 6} more' if len(different) > 6 else ''}; choose another --workdir")
-    elif (workdir / "checkpoints").exists():
-        raise ValueError(f"workdir: {workdir} holds checkpoints but no config.json; choose another --workdir")
-    done, config = checkpoint.latest_step(workdir / "checkpoints") or 0, experiment.config
-    if done > experiment.total_steps:
-        least = done * config.total_kimg / experiment.total_steps
-        raise ValueError(f"total_kimg: got {config.total_kimg:g}, allowed: {least:g} or more, as {workdir} has come that far")
-    workdir = files.make_folder(workdir)
-    if write:
-        text = json.dumps(record, indent=1, sort_keys=True).encode() + b"\n"
-        files.write_atomically(path, lambda file: file.write(text), key="workdir")
-        table = parameter_overview.get_parameter_overview(experiment.trained.network.shapes(), include_stats=False)
-        files.write_atomically(workdir / "parameters.txt", lambda file: file.write(table.encode() + b"\n"), key="workdir")
-    return workdir.absolute()

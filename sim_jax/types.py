@@ -18,10 +18,14 @@ class Cond(NamedTuple):
     Attributes:
       class_labels: [B, label_dim] float32, one-hot (all zeros: no label).
       augment_labels: [B, augment_dim] float32, EDM's augmentation labels (zeros: not augmented).
+      text: [B, L, D] any float, captions as a text encoder's last states.
+      text_mask: [B, L], nonzero where a caption has a token; None: everywhere.
     """
 
     class_labels: Array | None = None
     augment_labels: Array | None = None
+    text: Array | None = None
+    text_mask: Array | None = None
 
 
 class NoiseLevel(NamedTuple):

@@ -136,11 +136,17 @@ def load(path: str, *, dropout: float | None = None) -> tuple[networks.Network, 
     Returns: (network, float32 numpy tree, header); read-only, and on the host where the file holds float16.
     Raises: ValueError for anything missing, damaged (the content hash is checked) or not fitting its own description.
     """
+    state, header, source = read(path)
+    network = networks.build(header["network"], dropout=dropout)
+    return network, convert.params_from_state(state, network, source=source), header
+
+
+def read(path: str) -> tuple[dict[str, np.ndarray], dict[str, Any], str]:
+    """(state of views of the file, header, the file's name), the content hash checked; whatever the network is. Raises: ValueError."""
     header = read_header(path)
     where = resolve(str(path))
     file = where / _WEIGHTS if where.is_dir() else where
     state, _ = tensor_file.read(file)
     if content_hash(state) != header.get("hash"):
         raise ValueError(f"{file}: content does not match the hash in its description; the file is damaged or was exchanged")
-    network = networks.build(header["network"], dropout=dropout)
-    return network, convert.params_from_state(state, network, source=str(file)), header
+    return state, header, str(file)

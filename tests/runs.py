@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-import tiny
 
+import tiny
 from sim_jax import main, networks, weights
 from sim_jax.types import Cond
 

@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_objectives import discriminator, inputs, make_params, nets
-from test_sim_closed_form import OTHER_NORMAL, TWO_MODES, float64, grid, log_density  # noqa: F401  (float64 is a fixture)
-from test_sim_closed_form import discriminator as exact
 
 from sim_jax.objectives import adversarial, sid, sida
 from sim_jax.objectives.base import diffuse, logits
 from sim_jax.types import NoiseLevel
+from test_objectives import discriminator, inputs, make_params, nets
+from test_sim_closed_form import OTHER_NORMAL, TWO_MODES, float64, grid, log_density  # noqa: F401  (float64 is a fixture)
+from test_sim_closed_form import discriminator as exact
 
 
 def fixed(*values):

@@ -12,9 +12,11 @@ import zipfile
 
 import numpy as np
 import pytest
-import runs
 from PIL import Image
+
+import runs
 from sim_jax import export, images, main, sample, train
+
 
 @pytest.fixture(autouse=True)
 def nothing_may_be_trained(monkeypatch):
@@ -72,7 +74,9 @@ def refused_run(refused, tmp_path, teacher):
     (["--config.objective.distance=squared_l2", "--config.objective.c=0.1"], ["'c'", "squared_l2"]),
     (["--config.fake_score.loss.weighting=nope"], ["weighting: got 'nope', allowed: edm"]),
     (["--config.batch_size=many"], ["config.batch_size", "many", "int"]),
-    (["--config.generator.remat=maybe"], ["config.generator.remat", "maybe", "oolean"]),
+    (["--config.generator.remat=maybe"], ["generator: remat: got 'maybe', allowed: none, convs, blocks"]),
+    (["--config.teacher.remat=True"], ["teacher.remat: got 'True', allowed: none, convs, blocks"]),
+    (["--config.data.xflip=maybe"], ["config.data.xflip", "maybe", "oolean"]),
     (["--config.generator.optimizer.lr=fast"], ["config.generator.optimizer.lr", "fast", "float"]),
     (["--config.batch_size=12"], ["batch_size: got 12 on 8 devices, allowed: a multiple of 8, such as 8 or 16"]),
     (["--config.batch_size=0"], ["batch_size: got 0, allowed: above 0"]),

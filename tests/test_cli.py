@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import pytest
+
 import runs
 from sim_jax import cli, export, main, sample
 
@@ -53,10 +54,12 @@ def test_compilation_cache_is_the_user_s_unless_jax_is_told(monkeypatch, tmp_pat
 
 def test_overrides_of_every_type():
     config, values, overrides = main._parse(runs.command(
-        "digits.py", "somewhere", "--config.seed=7", "--config.total_kimg=3", "--config.generator.remat=True", "--config.teacher.path=a/b",
+        "digits.py", "somewhere", "--config.seed=7", "--config.total_kimg=3", "--config.generator.remat=convs",
+        "--config.data.xflip=True", "--config.teacher.path=a/b",
         "--config.generator.noise.u_max=0.7", "--config.ema.halflife_kimg=(1.0,2.0)", "--config.sharding.rules=(('.*','fsdp'),)",
         "--config.network.attn_resolutions=(4,)", "--config.objective.distance=l2"))
-    assert (config.seed, config.total_kimg, config.generator.remat, config.teacher.path) == (7, 3.0, True, "a/b")
+    assert (config.seed, config.total_kimg, config.generator.remat, config.teacher.path) == (7, 3.0, "convs", "a/b")
+    assert config.data.xflip is True
     assert config.generator.noise.u_max == 0.7 and config.ema.halflife_kimg == (1.0, 2.0)
     assert config.sharding.rules == ((".*", "fsdp"),) and config.network.attn_resolutions == (4,)
     assert config.objective.distance == "l2" and values.workdir == "somewhere" and values.distributed == "auto"
@@ -65,10 +68,10 @@ def test_overrides_of_every_type():
 
 def test_flags_in_other_spellings_and_a_second_parse():
     name = str(runs.ROOT / "configs" / "digits.py") + ":tiny"
-    config, values, _ = main._parse(["main", "--config", name, "--workdir", "x", "--config.generator.remat", "--config.run.keep", "9"])
-    assert config.generator.remat is True and config.run.keep == 9 and values.workdir == "x"
-    config, _, _ = main._parse(["main", f"-config={name}", "--noconfig.generator.remat", "--workdir=x"])
-    assert config.generator.remat is False and config.run.keep != 9  # nothing is left of the first call
+    config, values, _ = main._parse(["main", "--config", name, "--workdir", "x", "--config.data.xflip", "--config.run.keep", "9"])
+    assert config.data.xflip is True and config.run.keep == 9 and values.workdir == "x"
+    config, _, _ = main._parse(["main", f"-config={name}", "--noconfig.data.xflip", "--workdir=x"])
+    assert config.data.xflip is False and config.run.keep != 9  # nothing is left of the first call
 
 
 @pytest.mark.parametrize("entry, words", [(main, ["--workdir", "--config", "same command again resumes"]),

@@ -9,6 +9,7 @@ import sys
 
 import jax
 import pytest
+
 from sim_jax import experiment, networks, steps
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]

@@ -5,12 +5,12 @@ import json
 import pickle
 import zipfile
 
-import checkpoint_writer as writer
-import inception_weights
 import numpy as np
 import pytest
-from checkpoint_writer import Build, Call, New, Pid, dumps
 
+import checkpoint_writer as writer
+import inception_weights
+from checkpoint_writer import Build, Call, New, Pid, dumps
 from sim_jax import param_table
 from sim_jax.convert import __main__ as command
 from sim_jax.convert import inception as converter

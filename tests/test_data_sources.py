@@ -15,7 +15,6 @@ from sim_jax.data import digits, make_source
 from sim_jax.data import source as sources
 from sim_jax.data.tfds import TfdsSource
 
-
 # ---- digits ----
 
 def test_digits_are_scikit_learns():

@@ -8,13 +8,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_objectives import inputs, nets
-from test_sim_closed_form import (  # noqa: F401  (float64 is a fixture)
-    CASES_1D, LEVELS, NORMAL, OTHER_NORMAL, TWO_MODES, expectation, float64, grid, log_density, pushforward,
-    relative)
 
 from sim_jax.objectives import diff_instruct, sim
 from sim_jax.objectives.base import denoise, diffuse
+from test_objectives import inputs, nets
+from test_sim_closed_form import (  # noqa: F401  (float64 is a fixture)
+    CASES_1D,
+    LEVELS,
+    NORMAL,
+    OTHER_NORMAL,
+    TWO_MODES,
+    expectation,
+    float64,
+    grid,
+    log_density,
+    pushforward,
+    relative,
+)
 
 # knobs of pair_loss, and the power of sigma / alpha that they weigh the KL divergence with
 WEIGHTS = {

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 
+import tiny
 from sim_jax import networks, param_table
 from sim_jax.discriminator import Discriminator
 from sim_jax.models.discriminator import Heads

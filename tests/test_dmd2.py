@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_diff_instruct import integral_kl
-from test_objectives import inputs, nets
-from test_sim_closed_form import CASES_1D, expectation, float64, relative  # noqa: F401  (float64 is a fixture)
 
 from sim_jax import objectives
 from sim_jax.objectives import diff_instruct, dmd2
 from sim_jax.objectives.base import denoise, diffuse, expand, mean_chw, pseudo_target_loss
+from test_diff_instruct import integral_kl
+from test_objectives import inputs, nets
+from test_sim_closed_form import CASES_1D, expectation, float64, relative  # noqa: F401  (float64 is a fixture)
 
 
 @pytest.mark.parametrize("knobs,power", [(dict(weighting="none"), 2.0), (dict(weighting="paper", sigma_power=-2.0), 0.0)])

@@ -13,6 +13,7 @@ from sim_jax.objectives import dsm, weights
 from sim_jax.objectives.base import Nets
 from sim_jax.types import NoiseLevel
 
+
 def levels(sigma, alpha=None):
     sigma = jnp.asarray(sigma)
     return NoiseLevel(sigma, jnp.ones_like(sigma) if alpha is None else jnp.full_like(sigma, alpha), sigma)

@@ -7,9 +7,10 @@ import zipfile
 
 import numpy as np
 import pytest
+from PIL import Image
+
 import runs
 import sim_jax
-from PIL import Image
 from sim_jax import config_file, export, load, metrics, sample, weights
 from sim_jax.data import images as image_data
 
@@ -141,7 +142,7 @@ def test_a_plain_import_reaches_the_promised_names(generator_file):
     out = denoise(params, x, np.ones(2, np.float32), class_labels=np.eye(10, dtype=np.float32)[:2])
     assert out.shape == (2, 8, 8, 1) and bool(np.isfinite(out).all())
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
-        sim_jax.nonsense
+        sim_jax.nonsense  # noqa: B018
 
 
 def test_real_images_train_a_teacher(shared_dir, tmp_path):

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from test_objectives import inputs, nets
 
 from sim_jax import objectives
 from sim_jax.objectives import dmd2, f_distill
 from sim_jax.types import NoiseLevel
+from test_objectives import inputs, nets
 
 SIGMA = np.array([0.01, 0.5, 7.9, 8.1, 9.0, 33.0, 79.0, 80.0], np.float32)
 BINS = [0, 0, 0, 1, 1, 4, 9, 9]  # of ten, 8 wide

@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_objectives import inputs, nets
-from test_sim_closed_form import CASES_1D, LEVELS, NORMAL, TWO_MODES, expectation, float64, grid, log_density, pushforward, relative  # noqa: F401  (float64 is a fixture)
 
 from sim_jax.objectives import f_distill, f_divergences, sid, uni
+from test_objectives import inputs, nets
+from test_sim_closed_form import CASES_1D, LEVELS, NORMAL, TWO_MODES, expectation, float64, grid, log_density, pushforward, relative  # noqa: F401  (float64 is a fixture)
 
 # name -> (f, whose divergence is D_f(q || p) = E_p f(q / p))
 GENERATORS = {

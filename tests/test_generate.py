@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 
+import tiny
 from sim_jax import images, networks, sharding
 from sim_jax.diffusion import samplers
 from sim_jax.diffusion.samplers import FewStep

@@ -9,11 +9,10 @@ import zipfile
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image
 import pytest
+from PIL import Image
 
-from sim_jax import files
-from sim_jax import images
+from sim_jax import files, images
 
 
 def _samples(number=7, height=8, channels=3, seed=0):

@@ -10,12 +10,12 @@ import json
 import pathlib
 import shutil
 
-import inception_weights
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import inception_weights
 from sim_jax import param_table, weights
 from sim_jax.evals import inception
 from sim_jax.evals.features import open_features

@@ -6,6 +6,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+
 import runs
 import sim_jax
 from sim_jax import load, weights

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import tiny
 
+import tiny
 from sim_jax import load, networks, param_table, weights
 from sim_jax.diffusion import samplers
 from sim_jax.discriminator import Discriminator
@@ -26,7 +26,7 @@ jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_lev
 
 
 @functools.cache
-def setup(*, dtype="float32", remat=False, **changes):
+def setup(*, dtype="float32", remat="none", **changes):
     network = networks.build({**SPEC, **changes}, dtype=dtype, remat=remat)
     return network, tiny.random_params(network.shapes(), 1)
 
@@ -126,7 +126,7 @@ def test_precision_rematerialisation_and_dropout():
     half = run(setup(dropout=0.5, dtype="bfloat16")[0])
     assert half.dtype == np.float32 and 1e-5 < tiny.difference(half, exact) < 0.03
     assert tiny.difference(dropped, exact) > 0.02
-    np.testing.assert_array_equal(run(setup(dropout=0.5, remat=True)[0], dropout_keys=keys), dropped)
+    np.testing.assert_array_equal(run(setup(dropout=0.5, remat="blocks")[0], dropout_keys=keys), dropped)
     alone = jit(lambda p: network.denoise(p, X[1:2], SIGMA[1:2], Cond(COND.class_labels[1:2]), dropout_keys=keys[1:2]))(params)
     np.testing.assert_allclose(alone[0], dropped[1], atol=1e-6)
 

@@ -12,6 +12,7 @@ import sys
 
 import numpy as np
 import pytest
+
 import runs
 from sim_jax.data import images as image_data
 from sim_jax.data.source import gather

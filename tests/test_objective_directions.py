@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_objectives import ROWS
-from test_sim_closed_form import float64  # noqa: F401  (a fixture)
 
 from sim_jax import objectives
 from sim_jax.objectives.base import Nets, expand, sum_chw
 from sim_jax.types import NoiseLevel
+from test_objectives import ROWS
+from test_sim_closed_form import float64  # noqa: F401  (a fixture)
 
 # the generator is x0 = theta[0] z + theta[1], z a standard normal variable of this shape; so is the teacher
 SHAPE, COUNT = (4, 4, 2), 1024

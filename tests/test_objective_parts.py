@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_objectives import BATCH, inputs, nets
 
 from sim_jax.objectives import distances, sim, weights
 from sim_jax.objectives.base import denoise, expand, mean_chw, score_scale, sum_chw
 from sim_jax.types import NoiseLevel
+from test_objectives import BATCH, inputs, nets
 
 
 @pytest.mark.parametrize("name,knobs", [

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import tiny
 
+import tiny
 from sim_jax import optim
 
 

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 
+import tiny
 from sim_jax import pairs, sharding
 from sim_jax.diffusion import samplers
 from sim_jax.evals.generate import Latents, SamplerSpec
@@ -56,10 +56,10 @@ def test_other_files_are_refused(tmp_path, spoil):
 
 def test_batches_do_not_depend_on_processes_or_where_one_starts():
     drawn = {"image": np.arange(10, dtype=np.float32).reshape(10, 1, 1, 1), "label": np.arange(10, dtype=np.int32)}
-    alone = pairs.batches(drawn, seed=1, batch_size=4, start_step=0, process_index=0, process_count=1)
+    alone = pairs.batches(drawn, seed=1, batch_size=4, start_step=0, rows=np.arange(4))
     whole = [next(alone) for _ in range(6)]
-    later = next(pairs.batches(drawn, seed=1, batch_size=4, start_step=3, process_index=0, process_count=1))
-    halves = [next(pairs.batches(drawn, seed=1, batch_size=4, start_step=3, process_index=i, process_count=2)) for i in range(2)]
+    later = next(pairs.batches(drawn, seed=1, batch_size=4, start_step=3, rows=np.arange(4)))
+    halves = [next(pairs.batches(drawn, seed=1, batch_size=4, start_step=3, rows=2 * i + np.arange(2))) for i in range(2)]
     for name in ("index", "image", "label"):
         np.testing.assert_array_equal(later[name], whole[3][name])
         np.testing.assert_array_equal(np.concatenate([half[name] for half in halves]), whole[3][name])

@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
-from test_terms import BATCH, KEY, NET, adversary, setup
 
+import tiny
 from sim_jax import panels, probes
 from sim_jax.diffusion import samplers
 from sim_jax.types import Cond
+from test_terms import BATCH, KEY, NET, adversary, setup
 
 SIGMAS = np.array([0.1, 1.0, 4.0])
 

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 
+import tiny
 from sim_jax import probes, sharding
 from sim_jax.state import DistillState, TrainState
 

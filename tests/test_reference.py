@@ -4,10 +4,10 @@ import dataclasses
 import json
 import zipfile
 
-import measuring
 import numpy as np
 import pytest
 
+import measuring
 from sim_jax import images
 from sim_jax.evals import figures, frechet, reference, runner, statistics, streams
 

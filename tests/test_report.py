@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import base64
-from html.parser import HTMLParser
 import io
 import json
 import math
 import re
 import subprocess
 import sys
+from html.parser import HTMLParser
 
 import numpy as np
-from PIL import Image
 import pytest
+from PIL import Image
 
-from sim_jax import report
-from sim_jax import report_curves
+from sim_jax import report, report_curves
 
 SUMMARY = {
     "method": "sim",

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import random
 import shutil
 import signal
-import subprocess
-import sys
-import time
 
 import jax
 import numpy as np
 import pytest
+
 import runs
 from sim_jax import metrics, train
 
@@ -114,7 +110,7 @@ def test_a_finished_run_repeated_changes_nothing(uninterrupted, overrides, tmp_p
     workdir = tmp_path / "run"
     shutil.copytree(uninterrupted, workdir)
     before = {p.relative_to(workdir): p.read_bytes() for p in workdir.rglob("*") if p.is_file() and p.name != "config.json"}
-    monkeypatch.setattr(train, "_loop", None)  # whoever calls it fails
+    monkeypatch.setattr(train._Run, "_loop", None)  # whoever calls it fails
     assert runs.train("digits.py", workdir, *overrides) == 0
     assert "nothing is left to do" in capsys.readouterr().err
     after = {p.relative_to(workdir): p.read_bytes() for p in workdir.rglob("*") if p.is_file() and p.name != "config.json"}
@@ -155,45 +151,6 @@ def test_length_and_run_section_may_change_and_nothing_else(uninterrupted, overr
     assert [row["step"] for row in metrics.read_metrics(workdir)] == [0, *range(1, 9), 10]
     assert json.loads((workdir / "report.json").read_text())["steps"] == 10
     assert [p.name for p in (workdir / "checkpoints").iterdir()] == ["10"]
-
-
-def _start(workdir, *overrides) -> subprocess.Popen:
-    code = "import sys, pytest, runs; from sim_jax import main; runs.use_pixel_networks(pytest.MonkeyPatch()); sys.exit(main.main())"
-    env = {**os.environ, "PYTHONPATH": f"{runs.ROOT}:{runs.ROOT / 'tests'}", "XLA_FLAGS": "", "JAX_NUM_CPU_DEVICES": "1"}
-    return subprocess.Popen([sys.executable, "-c", code, *runs.command("digits.py", workdir, *overrides)[1:]], cwd=runs.ROOT, env=env,
-                            stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-
-
-def _stopped(workdir, *overrides, after: int, number: int) -> str:
-    """Standard error of a process that gets signal `number` some milliseconds after it wrote the row of step `after`."""
-    process = _start(workdir, *overrides)
-    while max((row["step"] for row in metrics.read_metrics(workdir)), default=0) < after and process.poll() is None:
-        time.sleep(0.005)
-    time.sleep(random.random() * 0.02)
-    process.send_signal(number)
-    _, error = process.communicate(timeout=120)
-    assert process.returncode == {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGKILL: -9}[number], error
-    assert "Traceback" not in error
-    return error
-
-
-@pytest.mark.slow
-def test_killed_in_every_way_at_any_moment(tmp_path):
-    """Processes of their own: SIGTERM, SIGKILL and SIGINT, each at any step of its part of the run, then to the end."""
-    steps = 1600
-    overrides = (*RANDOM, "--config.teacher.path=random:3", f"--config.total_kimg={steps * 16 / 1000}", "--config.max_batch_per_device=8",
-                 "--config.run.save_every=25", "--config.run.sample_every=400", "--config.run.probe_every=400")
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert _start(whole, *overrides).wait(timeout=600) == 0
-    error = _stopped(cut, *overrides, after=random.randrange(1, 300), number=signal.SIGTERM)
-    assert "SIGTERM: saved step" in error
-    error = _stopped(cut, *overrides, after=random.randrange(450, 700), number=signal.SIGKILL)
-    assert "resuming at step" in error
-    error = _stopped(cut, *overrides, after=random.randrange(850, 1100), number=signal.SIGINT)
-    assert "resuming at step" in error and "SIGINT: saved step" in error
-    assert _start(cut, *overrides).wait(timeout=600) == 0
-    _assert_same_end(cut, whole, steps)
-    assert not list((cut / "checkpoints").glob("*tmp*"))
 
 
 def test_divergence_ends_with_one_line_and_leaves_the_last_checkpoint(overrides, tmp_path, capsys):

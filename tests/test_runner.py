@@ -4,11 +4,11 @@ import dataclasses
 import json
 
 import jax
-import measuring
 import numpy as np
 import pytest
-import tiny
 
+import measuring
+import tiny
 from sim_jax import sharding
 from sim_jax.data import digits
 from sim_jax.diffusion.samplers import FewStep

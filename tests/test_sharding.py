@@ -50,7 +50,8 @@ def test_first_match_wins():
 def test_paths_are_slashed():
     """A rule sees the whole path, so it can name one array."""
     tree = {"generator": {"params": {"enc": {"32x32_conv": {"weight": shape(64, 64)}}}}}
-    assert specs(tree, [("^generator/params/enc/32x32_conv/weight$", "fsdp")])["generator"]["params"]["enc"]["32x32_conv"]["weight"] == P(None, "data")
+    cut = specs(tree, [("^generator/params/enc/32x32_conv/weight$", "fsdp")])
+    assert cut["generator"]["params"]["enc"]["32x32_conv"]["weight"] == P(None, "data")
 
 
 def test_unmatched_array_is_named():

@@ -8,11 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_objectives import inputs, nets
-from test_sim_closed_form import (  # noqa: F401  (float64 is a fixture)
-    CASES_1D, TWO_MODES, expectation, float64, pushforward, relative, true_divergence)
 
 from sim_jax.objectives import sid, sim
+from test_objectives import inputs, nets
+from test_sim_closed_form import CASES_1D, TWO_MODES, expectation, float64, pushforward, relative, true_divergence  # noqa: F401  (float64 is a fixture)
 
 
 @pytest.mark.parametrize("weighting,knobs", [("sid", {}), ("none", {}), ("paper", dict(sigma_power=-2.0))])

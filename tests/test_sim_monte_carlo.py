@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_sim_closed_form import DISTANCES, stop, stop_inputs
 
 from sim_jax.objectives import sim
 from sim_jax.objectives.base import Nets
 from sim_jax.types import NoiseLevel
+from test_sim_closed_form import DISTANCES, stop, stop_inputs
 
 DIM, COUNT, BATCHES, IMAGE = 8, 40_000, 40, (2, 2, 2)
 

@@ -3,10 +3,10 @@
 import dataclasses
 import tracemalloc
 
-import measuring
 import numpy as np
 import pytest
 
+import measuring
 from sim_jax.evals import statistics, streams
 from sim_jax.evals.quality import images_hash
 

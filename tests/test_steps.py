@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import tiny
 
+import tiny
 from sim_jax import steps
 from sim_jax.data import labels
 from sim_jax.types import Cond

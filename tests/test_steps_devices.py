@@ -5,8 +5,8 @@ import functools
 import jax
 import numpy as np
 import pytest
-import tiny
 
+import tiny
 from sim_jax import optim, sharding
 
 FSDP = ((".*", "fsdp"),)

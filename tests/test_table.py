@@ -3,8 +3,8 @@
 import json
 
 import pytest
-import runs
 
+import runs
 from sim_jax import table
 
 CONFIG = str(runs.ROOT / "configs" / "digits.py")

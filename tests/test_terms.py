@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import tiny
 
+import tiny
 from sim_jax import objectives, optim, rollout, steps
 from sim_jax.diffusion import noise_levels, samplers
 from sim_jax.diffusion.samplers import FewStep

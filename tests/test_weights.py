@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
-import tiny
 
+import tiny
 from sim_jax import networks, param_table, weights
 from sim_jax.convert import edm
 

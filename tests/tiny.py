@@ -22,7 +22,7 @@ SPEC = {
 }
 
 
-def network(*, dtype: str = "float32", remat: bool = False, **changes) -> networks.Network:
+def network(*, dtype: str = "float32", remat: str = "none", **changes) -> networks.Network:
     return networks.build({**SPEC, **changes}, dtype=dtype, remat=remat)
 
 

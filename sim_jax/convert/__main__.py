@@ -60,13 +60,14 @@ def _with_sigma_init(info: Mapping[str, Any], text: str | None) -> dict[str, Any
     return {**info, "sigma_init": sigma}
 
 
-def _summary(converted: conversion.Converted, info: Mapping[str, Any]) -> str:
+def _summary(converted: conversion.Converted, info: Mapping[str, Any], purpose: str) -> str:
     spec, size = converted.network.spec, f"{converted.network.num_params():,} parameters"
     if "precond" not in spec:
-        return f"{spec['model_type']}, {size}, for features"
+        return f"{spec['model_type']}, {size}, {purpose}"
     sigma, pixels = info.get("sigma_init"), spec["img_resolution"]
     what = f"a one-step generator at sigma {sigma:g}" if sigma else "a denoiser"
-    return f"{spec['precond']} of {spec['model_type']}, {pixels}x{pixels}, {spec['label_dim']} classes, {size}, {what}"
+    takes = f"captions of {converted.network.text_dim} channels" if converted.network.text_dim else f"{spec['label_dim']} classes"
+    return f"{spec['precond']} of {spec['model_type']}, {pixels}x{pixels}, {takes}, {size}, {what}"
 
 
 def run(args: argparse.Namespace) -> int:
@@ -85,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     weights.save_state_directory(args.out, converted.state, converted.network.spec, info, dtype=args.dtype,
                                  progress=lambda numbers: bar.update(numbers // 1000))
     bar.close()
-    print(f"{_summary(converted, info)}: {args.out}")
+    print(f"{_summary(converted, info, kinds.TABLE[args.kind].purpose)}: {args.out}")
     return 0
 
 

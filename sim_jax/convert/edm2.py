@@ -37,6 +37,11 @@ def params_from_state(state: Mapping[str, np.ndarray], network: networks.Network
     return param_table.from_torch(state, network.shapes(), prefix=network.family.prefix, source=source)
 
 
+def buffers(network: networks.Network) -> dict[str, np.ndarray]:
+    """None: all that EDM2's state dict holds are parameters here."""
+    return {}
+
+
 def load_state(state: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> tuple[Callable[..., Array], Params]:
     """A denoiser from an EDM2 state dict.
 

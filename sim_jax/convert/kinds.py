@@ -9,11 +9,15 @@ from sim_jax.convert.conversion import Converted, Options
 
 
 class Kind(NamedTuple):
-    """A family: the module that reads it, what it is, and whether it makes images or measures them."""
+    """A family: the module that reads it, what it is, and what it is for where it does not make images."""
 
     module: str
     summary: str
-    generates: bool = True
+    purpose: str = ""
+
+    @property
+    def generates(self) -> bool:
+        return not self.purpose
 
 
 TABLE: dict[str, Kind] = {
@@ -24,7 +28,11 @@ TABLE: dict[str, Kind] = {
     "fastgen": Kind("sim_jax.convert.fastgen", "FastGen's *.pth of EDM networks (teachers, or students with sigma_init 80)"),
     "safetensors": Kind("sim_jax.convert.safetensors", "what sim_jax.export writes, or safetensors under EDM's names"),
     "inception": Kind("sim_jax.convert.inception", "FID's Inception-v3: pytorch-fid's and torch-fidelity's *.pth, StyleGAN's .pkl and .pt",
-                      generates=False),
+                      purpose="for features"),
+    "dit": Kind("sim_jax.convert.dit", "DiT's *.pt, or diffusers' DiTTransformer2DModel (class-conditional teachers on latents)"),
+    "pixart": Kind("sim_jax.convert.pixart", "PixArt-alpha's *.pth, or diffusers' PixArtTransformer2DModel (text-conditional teachers)"),
+    "sim": Kind("sim_jax.convert.sim", "SIM's released *.pth of PixArt-alpha (one-step text-to-image generator, sigma_init 2.5)"),
+    "vae": Kind("sim_jax.convert.vae", "Stable Diffusion's autoencoder, of diffusers or CompVis", purpose="between images and latents"),
 }
 
 

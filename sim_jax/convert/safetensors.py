@@ -1,11 +1,12 @@
-"""safetensors under EDM's or EDM2's PyTorch names: what `sim_jax.export` writes, or a state dict that somebody saved so.
+"""safetensors under EDM's or EDM2's PyTorch names: what `sim_jax.export` writes, or a state dict that somebody saved so. A transformer's
+has to describe itself.
 
 An exported file describes its network, so it comes back bit for bit, and as the one-step generator that it was.
 """
 
 from __future__ import annotations
 
-from sim_jax.convert import conversion, edm, edm2
+from sim_jax.convert import conversion, dit, edm, edm2, pixart
 from sim_jax.convert.conversion import Converted, Options
 
 
@@ -16,5 +17,5 @@ def read(path: str, options: Options = Options()) -> Converted:
     """
     state, given, info = conversion.read_safetensors(path)
     given = {**given, **options.network}
-    family = edm2 if edm2.is_named_so(state) else edm
+    family = {dit.MODEL_TYPE: dit, pixart.MODEL_TYPE: pixart}.get(given.get("model_type"), edm2 if edm2.is_named_so(state) else edm)
     return family.from_arrays(state, given, info, source=path)

@@ -2,10 +2,10 @@
 
 The stream is endless. Sample g = 0, 1, 2, ... is image P_e[g mod N] of epoch e = g div N, where P_e is a
 permutation of the N images derived from (seed, e): each epoch visits each image once, and batches run on
-across epochs. Step t holds the samples g = t B, ..., t B + B - 1, and process p of P holds its rows p b, ...,
-p b + b - 1, with b = B / P: the layout of `jax.make_array_from_process_local_data` on a mesh whose data axis
-follows the process index. So the position in the stream is the step alone, any step can be resumed, and the
-number of processes and threads changes nothing.
+across epochs. Step t holds the samples g = t B, ..., t B + B - 1, and process p of P holds those of its rows
+that lie on its devices: p b, ..., p b + b - 1, with b = B / P, where the mesh follows the process index, and
+others (`rows`) where it follows the wires of a TPU pod. So the position in the stream is the step alone, any
+step can be resumed, and the number of processes and threads changes nothing.
 """
 
 from __future__ import annotations
@@ -65,6 +65,7 @@ class Batches:
     process_index: int = 0
     process_count: int = 1
     shuffle: bool = True
+    rows: np.ndarray | None = None
 
     def __post_init__(self):
         if len(self.source) == 0:
@@ -81,17 +82,22 @@ class Batches:
     def __len__(self) -> int:
         return _ENDLESS
 
-    def __getitem__(self, step: int) -> dict[str, np.ndarray]:
+    @property
+    def local_rows(self) -> np.ndarray:
+        """int64 [b], within the global batch."""
         local = self.batch_size // self.process_count
-        start = step * self.batch_size + self.process_index * local
-        index = np.arange(start, start + local, dtype=np.int64)
+        return np.arange(local, dtype=np.int64) + self.process_index * local if self.rows is None else np.asarray(self.rows, np.int64)
+
+    def __getitem__(self, step: int) -> dict[str, np.ndarray]:
+        index = step * self.batch_size + self.local_rows
         images, labels = gather(self.source, image_order(index, size=len(self.source), seed=self.seed,
                                                          shuffle=self.shuffle))
         return {"image": to_float(images), "label": labels, "index": index}
 
 
 def make_batches(source: Source, *, seed: int, batch_size: int, start_step: int = 0, process_index: int = 0,
-                 process_count: int = 1, num_threads: int = 2, shuffle: bool = True) -> Iterator[dict]:
+                 process_count: int = 1, num_threads: int = 2, shuffle: bool = True, rows: np.ndarray | None = None
+                 ) -> Iterator[dict]:
     """An endless iterator over this process's batches, read ahead by threads.
 
     Args:
@@ -102,11 +108,12 @@ def make_batches(source: Source, *, seed: int, batch_size: int, start_step: int 
       process_index, process_count: p and P.
       num_threads: how many batches are prepared at a time; 0 prepares each when it is asked for.
       shuffle: a new permutation every epoch, else the source's own order.
+      rows: int [b], the rows of the global batch that this process holds; None for p b ... p b + b - 1.
 
     Returns:
       an iterator of {"image": float32 [b,H,W,C] in [-1, 1], "label": int32 [b], "index": int64 [b]}, where
-      index is the global sample index g and row i of process p is row p b + i of the global batch; the
-      iterator has `close()`.
+      index is the global sample index g and the rows are those of the global batch that `rows` says, in that order;
+      the iterator has `close()`.
 
     Raises:
       ValueError: a bad argument, at once; an unreadable image, from `next`.
@@ -117,7 +124,7 @@ def make_batches(source: Source, *, seed: int, batch_size: int, start_step: int 
         raise ValueError(f"start_step: got {start_step}, allowed: 0 and above")
     if num_threads < 0:
         raise ValueError(f"num_threads: got {num_threads}, allowed: 0 and above")
-    batches = Batches(source, seed, batch_size, process_index, process_count, shuffle)
+    batches = Batches(source, seed, batch_size, process_index, process_count, shuffle, rows)
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * num_threads)
     iterator = iter(grain.MapDataset.source(batches).to_iter_dataset(options))
     iterator.set_state({"next_index": start_step})

@@ -2,8 +2,8 @@
 
     D(x; sigma) = c_skip(sigma) x + c_out(sigma) F( c_in(sigma) x ; c_noise(sigma) )          (equation 7)
 
-Names, arguments and defaults are those of EDM's public code, and "Precond" EDM2's; "Analytic" is for raw networks that are
-denoisers themselves. All take x in variance-exploding form, x = x_0 + sigma n.
+Names, arguments and defaults are those of EDM's public code, and "Precond" EDM2's; "DDPMPrecond" is for networks of DDPM's process,
+"Analytic" for raw networks that are denoisers themselves. All take x in variance-exploding form, x = x_0 + sigma n.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from sim_jax.diffusion import schedules
 from sim_jax.types import Array
 
 
@@ -97,7 +98,25 @@ def iddpm_table(*, C_1: float = 0.001, C_2: float = 0.008, M: int = 1000) -> np.
 
 def iddpm(*, C_1: float = 0.001, C_2: float = 0.008, M: int = 1000) -> Preconditioner:
     """Improved DDPM's networks (Nichol and Dhariwal 2021): noise levels on a grid of M, twice the output channels."""
-    u = iddpm_table(C_1=C_1, C_2=C_2, M=M).astype(np.float32)
+    return _discrete(iddpm_table(C_1=C_1, C_2=C_2, M=M).astype(np.float32), out_factor=2)
+
+
+def ddpm(*, M: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02, endpoint: bool = True, learn_sigma: bool = True
+         ) -> Preconditioner:
+    """Networks of a latent diffusion with linear betas (Ho et al. 2020), which predict its noise: DiT, PixArt-alpha.
+
+    Args:
+      M: how many noise levels.
+      beta_start, beta_end, endpoint: of `schedules.ddpm`; the text-to-image generators of Score Implicit Matching leave the end out.
+      learn_sigma: whether the network has a variance beside the noise, twice the output channels.
+    """
+    table = schedules.ddpm(M=M, beta_start=beta_start, beta_end=beta_end, endpoint=endpoint).table
+    return _discrete(np.append(table[::-1], 0).astype(np.float32), out_factor=2 if learn_sigma else 1)
+
+
+def _discrete(u: np.ndarray, *, out_factor: int) -> Preconditioner:
+    """Networks that know the noise levels u_0 > ... > u_M = 0 by number, c_noise = M - 1 - j, and predict noise."""
+    M = len(u) - 1
 
     def index(sigma: Array) -> Array:
         return jnp.argmin(jnp.abs(sigma[..., None] - jnp.asarray(u).reshape((1,) * sigma.ndim + (-1,))), axis=-1)
@@ -107,7 +126,7 @@ def iddpm(*, C_1: float = 0.001, C_2: float = 0.008, M: int = 1000) -> Precondit
         return Coefficients(jnp.ones_like(sigma), -sigma, 1 / jnp.sqrt(sigma**2 + 1), c_noise)
 
     return Preconditioner(
-        coefficients=coefficients, sigma_min=float(u[M - 1]), sigma_max=float(u[0]), out_factor=2,
+        coefficients=coefficients, sigma_min=float(u[M - 1]), sigma_max=float(u[0]), out_factor=out_factor,
         round_sigma=lambda sigma: jnp.asarray(u)[index(jnp.asarray(sigma, jnp.float32))], tables=(("u", u),))
 
 
@@ -126,6 +145,7 @@ _TABLE: dict[str, Callable[..., Preconditioner]] = {
     "VPPrecond": vp,
     "VEPrecond": ve,
     "iDDPMPrecond": iddpm,
+    "DDPMPrecond": ddpm,
     "Precond": edm2,
     "Analytic": analytic,
 }

@@ -100,8 +100,8 @@ class ImageSampler:
             return Cond(class_labels=label_streams.one_hot(classes, latents.label_dim))
 
         @jax.jit
-        def few_calls(params: Params, key: Key, index: Array, classes: Array) -> Array:
-            z, _ = start(key, index)
+        def few_calls(params: Params, key: Key, index: Array, classes: Array, noise: Array | None = None) -> Array:
+            z = start(key, index)[0] if noise is None else layout.split(noise)
             renoise = [layout.split(latents.noise(key, index, f"sample/renoise{k}")) for k in range(1, len(spec.few_step.sigmas))]
             return samplers.few_step(network.bind(layout.gather(params)), z, renoise, condition(classes), plan=spec.few_step)
 
@@ -120,12 +120,14 @@ class ImageSampler:
 
             self._step = step
 
-    def float_images(self, params: Params, *, seed: int, index: np.ndarray, classes: np.ndarray) -> np.ndarray:
-        """One batch, float32 [B,H,W,C]; the length of `index` compiles a program of its own."""
+    def float_images(self, params: Params, *, seed: int, index: np.ndarray, classes: np.ndarray, noise: np.ndarray | None = None
+                     ) -> np.ndarray:
+        """One batch, float32 [B,H,W,C]; the length of `index` compiles a program of its own. `noise` replaces the unit noise z."""
         key, index, classes = jax.random.key(seed), jnp.asarray(index, jnp.uint32), jnp.asarray(classes, jnp.int32)
         if self.spec.few_step is not None:
-            return sharding.to_host(self._few_calls(params, key, index, classes))
+            return sharding.to_host(self._few_calls(params, key, index, classes, noise))
         z, keys = self._start(key, index)
+        z = z if noise is None else jnp.asarray(noise, z.dtype)
 
         def step(carry, cond, step_keys, row, *, correct):
             out = self._step(params, carry, classes, step_keys, row, correct=correct)

@@ -135,10 +135,12 @@ def batched(params: Params, convention: Convention, *, layout: Layout, dtype: st
         out = module.apply({"params": params}, images)
         return tuple(_OUTPUTS[name](out) for name in outputs)
 
-    cut = {"in_shardings": layout.batch, "out_shardings": layout.batch} if meshed else {}
+    cut = {"out_shardings": layout.batch} if meshed else {}
     resize = jax.jit(lambda images: prepare(images, convention), **cut)
-    network = jax.jit(measure, **({**cut, "in_shardings": (layout.replicated, layout.batch)} if meshed else {}))
+    network = jax.jit(measure, **cut)
     params = sharding.place(params, jax.tree.map(lambda _: layout.replicated, params)) if meshed else jax.device_put(params)
+    # Placed by hand: with several processes a jitted function takes no numpy array that is to be cut.
+    place = (lambda images: sharding.place(images, layout.batch)) if meshed else (lambda images: images)
 
     def extract(images: np.ndarray) -> tuple[np.ndarray, ...]:
         if images.shape[-1] not in (1, 3):
@@ -147,7 +149,7 @@ def batched(params: Params, convention: Convention, *, layout: Layout, dtype: st
         for start in range(0, len(images), size):
             chunk = images[start:start + size]
             padded = np.pad(chunk, [(0, size - len(chunk)), (0, 0), (0, 0), (0, 0)])
-            parts.append([sharding.to_host(array)[:len(chunk)] for array in network(params, resize(padded))])
+            parts.append([sharding.to_host(array)[:len(chunk)] for array in network(params, resize(place(padded)))])
         return tuple(np.concatenate(part) for part in zip(*parts, strict=True))
 
     return extract

@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
-from sim_jax.models import layers
+from sim_jax.models import layers, memory
 from sim_jax.types import Array, Key
 
 _INIT = layers.Init("kaiming_uniform", weight=float(np.sqrt(1 / 3)), bias=float(np.sqrt(1 / 3)))
@@ -32,7 +32,7 @@ class DhariwalUNet(nn.Module):
       attn_resolutions: resolutions that attend, with 64 channels per head.
       dropout, label_dropout: probabilities, in effect where `dropout_keys` is given.
       dtype: what convolutions and attention compute in.
-      remat: recompute each block in the backward pass instead of keeping its activations.
+      remat: what each block keeps for the backward pass, of `memory.POLICIES`.
     """
 
     img_resolution: int
@@ -48,7 +48,7 @@ class DhariwalUNet(nn.Module):
     dropout: float = 0.10
     label_dropout: float = 0.0
     dtype: jnp.dtype = jnp.float32
-    remat: bool = False
+    remat: str = "none"
 
     @property
     def feature_channels(self) -> dict[int, int]:
@@ -85,7 +85,7 @@ class DhariwalUNet(nn.Module):
 
 
 def _block(net: DhariwalUNet, out_channels: int, name: str, *, attention: bool = False, **resample) -> layers.UNetBlock:
-    cls = nn.remat(layers.UNetBlock) if net.remat else layers.UNetBlock
+    cls = memory.block(layers.UNetBlock, net.remat)
     heads = out_channels // _CHANNELS_PER_HEAD if attention else 0
     return cls(out_channels, num_heads=heads, dropout=net.dropout, init=_INIT, init_zero=_INIT_ZERO, dtype=net.dtype,
                name=name, **resample)

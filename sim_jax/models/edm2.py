@@ -25,7 +25,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from sim_jax.models import layers
+from sim_jax.models import layers, memory
 from sim_jax.types import Array, Key, Params
 
 _EPS = 1e-4
@@ -84,8 +84,8 @@ class MPFourier(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        freqs = self.param("freqs", nn.initializers.normal(2 * math.pi), (self.num_channels,))
-        phases = self.param("phases", nn.initializers.uniform(2 * math.pi), (self.num_channels,))
+        freqs = memory.parameter(self, "freqs", nn.initializers.normal(2 * math.pi), (self.num_channels,))
+        phases = memory.parameter(self, "phases", nn.initializers.uniform(2 * math.pi), (self.num_channels,))
         freqs, phases = jax.lax.stop_gradient((freqs, phases))
         return jnp.cos(x[:, None] * freqs[None] + phases[None]) * math.sqrt(2)
 
@@ -100,7 +100,7 @@ class MPConv(nn.Module):
     def __call__(self, x: Array, gain: Array | float = 1.0) -> Array:
         window = (self.kernel, self.kernel) if self.kernel else ()
         shape = (*window, x.shape[-1], self.features)
-        w = self.param("weight", nn.initializers.normal(1.0), shape)
+        w = memory.parameter(self, "weight", nn.initializers.normal(1.0), shape)
         w = (normalize(w, _inputs(w)) * (gain / math.sqrt(math.prod(shape[:-1])))).astype(x.dtype)
         if not self.kernel:
             return x @ w
@@ -177,7 +177,7 @@ class EDM2UNet(nn.Module):
       clip_act: activations are clipped to plus and minus this after each block; None does not.
       logvar_channels: Fourier features of the uncertainty head.
       dtype: what convolutions and attention compute in.
-      remat: recompute each block in the backward pass instead of keeping its activations.
+      remat: what each block keeps for the backward pass, of `memory.POLICIES`.
     """
 
     img_resolution: int
@@ -200,7 +200,7 @@ class EDM2UNet(nn.Module):
     clip_act: float | None = 256
     logvar_channels: int = 128
     dtype: jnp.dtype = jnp.float32
-    remat: bool = False
+    remat: str = "none"
 
     @property
     def feature_channels(self) -> dict[int, int]:
@@ -252,7 +252,7 @@ def _unet(scope: nn.Module, net: EDM2UNet, x: Array, noise_labels: Array, class_
 
 
 def _block(net: EDM2UNet, out_channels: int, name: str, *, attention: bool = False, **where: bool) -> Block:
-    cls = nn.remat(Block) if net.remat else Block
+    cls = memory.block(Block, net.remat)
     return cls(out_channels, num_heads=out_channels // net.channels_per_head if attention else 0,
                resample_filter=tuple(net.resample_filter), dropout=net.dropout, res_balance=net.res_balance,
                attn_balance=net.attn_balance, clip_act=net.clip_act, name=name, **where)

@@ -28,6 +28,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from sim_jax.models import memory
 from sim_jax.types import Array, Key, Params
 
 
@@ -186,7 +187,7 @@ class GaussianMixture(nn.Module):
     num_components: int = 1
     rank: int | None = None
     dtype: jnp.dtype = jnp.float32
-    remat: bool = False
+    remat: str = "none"
 
     @nn.compact
     def __call__(self, x: Array, noise_labels: Array, class_labels: Array | None = None, augment_labels: Array | None = None,
@@ -194,12 +195,13 @@ class GaussianMixture(nn.Module):
         """Shapes: x [B,H,W,C]; noise_labels, which are sigma, [B]; class_labels [B,L]. The others have no effect."""
         k, dim, rank = self.num_components, self.img_resolution**2 * self.in_channels, self.rank
         init, constant = nn.initializers, nn.initializers.constant
-        params = {"means": self.param("means", init.normal(1.0), (k, dim)), "std": self.param("std", constant(0.1), (k,)),
-                  "log_weights": self.param("log_weights", constant(-math.log(k)), (k,))}
+        params = {"means": memory.parameter(self, "means", init.normal(1.0), (k, dim)),
+                  "std": memory.parameter(self, "std", constant(0.1), (k,)),
+                  "log_weights": memory.parameter(self, "log_weights", constant(-math.log(k)), (k,))}
         if rank:
-            params["axes"] = self.param("axes", _orthonormal, (k, rank, dim))
-            params["scales"] = self.param("scales", init.uniform(0.5), (k, rank))
+            params["axes"] = memory.parameter(self, "axes", _orthonormal, (k, rank, dim))
+            params["scales"] = memory.parameter(self, "scales", init.uniform(0.5), (k, rank))
         if self.label_dim:
-            params["classes"] = self.param("classes", lambda _, shape: jax.nn.one_hot(jnp.arange(shape[0]) % shape[1], shape[1]),
-                                           (k, self.label_dim))
+            params["classes"] = memory.parameter(
+                self, "classes", lambda _, shape: jax.nn.one_hot(jnp.arange(shape[0]) % shape[1], shape[1]), (k, self.label_dim))
         return denoise(params, x, noise_labels, class_labels)

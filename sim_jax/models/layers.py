@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sim_jax.models import memory
 from sim_jax.types import Array, Key
 
 
@@ -30,9 +31,9 @@ class Init(NamedTuple):
 
 
 def _initializer(mode: str, fan_in: int, fan_out: int, scale: float) -> Callable[..., Array]:
-    """The four initialisations of EDM's code as `(key, shape) -> float32 array`, multiplied by `scale`."""
+    """The four initialisations of EDM's code, and "normal" of variance 1, as `(key, shape) -> float32 array`, multiplied by `scale`."""
     uniform = {"xavier_uniform": 6 / (fan_in + fan_out), "kaiming_uniform": 3 / fan_in}
-    normal = {"xavier_normal": 2 / (fan_in + fan_out), "kaiming_normal": 1 / fan_in}
+    normal = {"xavier_normal": 2 / (fan_in + fan_out), "kaiming_normal": 1 / fan_in, "normal": 1.0}
 
     def init(key: Key, shape: Sequence[int], dtype=jnp.float32) -> Array:
         if scale == 0.0:
@@ -46,21 +47,28 @@ def _initializer(mode: str, fan_in: int, fan_out: int, scale: float) -> Callable
 
 
 class Linear(nn.Module):
-    """Fully connected layer, [B, in] -> [B, out], in `dtype`."""
+    """Fully connected layer, [..., in] -> [..., out], in `dtype`.
+
+    `still_bias` = (n, i): of n equal parts of the features, the biases of part i get no gradient.
+    """
 
     features: int
     bias: bool = True
+    still_bias: tuple[int, int] | None = None
     init: Init = Init()
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         fans = (x.shape[-1], self.features)
-        w = self.param("weight", _initializer(self.init.mode, *fans, self.init.weight), (x.shape[-1], self.features))
-        x = x.astype(self.dtype) @ w.astype(self.dtype)
+        w = memory.parameter(self, "weight", _initializer(self.init.mode, *fans, self.init.weight), (x.shape[-1], self.features), self.dtype)
+        x = x.astype(self.dtype) @ w
         if self.bias:
-            b = self.param("bias", _initializer(self.init.mode, *fans, self.init.bias), (self.features,))
-            x = x + b.astype(self.dtype)[None]
+            b = memory.parameter(self, "bias", _initializer(self.init.mode, *fans, self.init.bias), (self.features,), self.dtype)
+            if self.still_bias is not None:
+                parts, which = self.still_bias
+                b = jnp.where(np.arange(self.features) * parts // self.features == which, jax.lax.stop_gradient(b), b)
+            x = x + b.reshape((1,) * (x.ndim - 1) + (-1,))
         return x
 
 
@@ -142,9 +150,8 @@ class Conv2d(nn.Module):
             return x
         k, cin = self.kernel, x.shape[-1]
         fans = (cin * k * k, self.features * k * k)
-        w = self.param("weight", _initializer(self.init.mode, *fans, self.init.weight), (k, k, cin, self.features))
+        w = memory.parameter(self, "weight", _initializer(self.init.mode, *fans, self.init.weight), (k, k, cin, self.features), self.dtype)
         pad = (k // 2 if self.padding is None else self.padding) + ((len(self.resample_filter) - 1) // 2 if fused else 0)
-        w = w.astype(self.dtype)
         if pad == 0 and x.shape[1:3] == (k, k):  # a matrix product, which backends compute faster as such
             x = (x.reshape(-1, k * k * cin) @ w.reshape(-1, self.features))[:, None, None]
         else:
@@ -153,11 +160,11 @@ class Conv2d(nn.Module):
         if fused:
             x = downsample(x, self.resample_filter, pad=0)
         if self.bias:
-            b = self.param("bias", _initializer(self.init.mode, *fans, self.init.bias), (self.features,))
+            b = memory.parameter(self, "bias", _initializer(self.init.mode, *fans, self.init.bias), (self.features,), self.dtype)
             if self.still_bias is not None:
                 every, which = self.still_bias
                 b = jnp.where(np.arange(self.features) % every == which, jax.lax.stop_gradient(b), b)
-            x = x + b.astype(self.dtype)[None, None, None]
+            x = x + b[None, None, None]
         return x
 
 
@@ -176,8 +183,8 @@ class GroupNorm(nn.Module):
         if not groups or c % groups:
             raise ValueError(f"network.model_channels: gives a layer of {c} channels, allowed: multiples of {self.num_groups}, or of "
                              f"{self.min_channels_per_group} below {self.num_groups * self.min_channels_per_group}")
-        weight = self.param("weight", nn.initializers.ones, (c,))
-        bias = self.param("bias", nn.initializers.zeros, (c,))
+        weight = memory.parameter(self, "weight", nn.initializers.ones, (c,))
+        bias = memory.parameter(self, "bias", nn.initializers.zeros, (c,))
         x = x.astype(jnp.float32)
 
         # Pixels first, then channels of a group: every reduction runs along memory, which XLA vectorises.
@@ -206,7 +213,7 @@ class FourierEmbedding(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        freqs = self.param("freqs", nn.initializers.normal(self.scale), (self.num_channels // 2,))
+        freqs = memory.parameter(self, "freqs", nn.initializers.normal(self.scale), (self.num_channels // 2,))
         angle = x[:, None] * (2 * np.pi * jax.lax.stop_gradient(freqs))[None]
         return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=1)
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sim_jax.models import layers
+from sim_jax.models import layers, memory
 from sim_jax.types import Array, Key
 
 _INIT = layers.Init("kaiming_uniform", weight=float(np.sqrt(1 / 3)), bias=float(np.sqrt(1 / 3)))
@@ -36,7 +36,7 @@ class MLP(nn.Module):
       embedding_type: of the noise level, "positional" or "fourier".
       channel_mult_noise: width of the noise embedding, over model_channels.
       dtype: what the hidden layers compute in.
-      remat: recompute each block in the backward pass instead of keeping its activations.
+      remat: what each block keeps for the backward pass, of `memory.POLICIES`.
     """
 
     img_resolution: int
@@ -52,7 +52,7 @@ class MLP(nn.Module):
     embedding_type: str = "positional"
     channel_mult_noise: int = 1
     dtype: jnp.dtype = jnp.float32
-    remat: bool = False
+    remat: str = "none"
 
     @property
     def feature_channels(self) -> dict[int, int]:
@@ -111,7 +111,7 @@ def _encode(net: MLP, x: Array, emb: Array, keys: Key | None) -> Array:
     waves = [wave(2.0**j * x) for j in range(net.input_frequencies) for wave in (jnp.sin, jnp.cos)]
     x = jnp.concatenate([x, *waves], axis=1)
     h = layers.Linear(net.model_channels, init=_INIT, dtype=net.dtype, name="in")(x)
-    cls = nn.remat(Block) if net.remat else Block
+    cls = memory.block(Block, net.remat)
     for idx in range(net.num_blocks):
         h = cls(dropout=net.dropout, dtype=net.dtype, name=f"block{idx}")(h, emb, keys)
     return h

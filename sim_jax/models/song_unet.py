@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
-from sim_jax.models import layers
+from sim_jax.models import layers, memory
 from sim_jax.types import Array, Key
 
 _INIT = layers.Init("xavier_uniform")
@@ -38,7 +38,7 @@ class SongUNet(nn.Module):
       decoder_type: "standard" or "skip".
       resample_filter: (1, 1) for DDPM++, (1, 3, 3, 1) for NCSN++.
       dtype: what convolutions and attention compute in.
-      remat: recompute each block in the backward pass instead of keeping its activations.
+      remat: what each block keeps for the backward pass, of `memory.POLICIES`.
     """
 
     img_resolution: int
@@ -59,7 +59,7 @@ class SongUNet(nn.Module):
     decoder_type: str = "standard"
     resample_filter: Sequence[float] = (1, 1)
     dtype: jnp.dtype = jnp.float32
-    remat: bool = False
+    remat: str = "none"
 
     @property
     def feature_channels(self) -> dict[int, int]:
@@ -97,8 +97,7 @@ class SongUNet(nn.Module):
 
 
 def _block(net: SongUNet, out_channels: int, name: str, *, attention: bool = False, **resample) -> layers.UNetBlock:
-    cls = nn.remat(layers.UNetBlock) if net.remat else layers.UNetBlock
-    return cls(
+    return memory.block(layers.UNetBlock, net.remat)(
         out_channels, num_heads=int(attention), dropout=net.dropout, skip_scale=float(np.sqrt(0.5)), eps=1e-6,
         resample_filter=tuple(net.resample_filter), resample_proj=True, adaptive_scale=False, init=_INIT,
         init_zero=_INIT_ZERO, init_attn=_INIT_ATTN, dtype=net.dtype, name=name, **resample)

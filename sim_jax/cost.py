@@ -1,0 +1,305 @@
+"""What an iteration costs: products counted from shapes, network by network, pass by pass; nothing is compiled.
+
+    F     one forward pass: convolutions, matrices and attention's products, two operations for a multiply and an add
+    F_x   forward and the gradient in the image: for parameters that are constants, about 2 F
+    F_p   forward and the gradient in the parameters, about 3 F
+
+Each is counted by tracing that pass of one network (`passes`), so attention (whose gradient costs twice its forward pass under either) and
+embeddings (which have no gradient in the image) are exact. What an iteration is made of (`updates`, without guidance, one-step generator):
+
+    critic      generator F, fake score F_p                                                            about 4 F
+    generator   generator F_p, teacher and fake score F each where the objective stops their gradients,
+                or F_x each where it does not (SIM, SiD, SiDA, Uni-Instruct)                           about 5 F or 7 F
+
+so a SIM iteration is 11 F, and 10 F if the generator's forward pass serves both (`fake_score.images` "shared"); distribution matching with
+n critic updates for each of the generator is 4 n F + 5 F, or 4 n F + 4 F shared. An adversarial term adds the encoder E of the network
+whose features are read and the heads H: to the critic E and H on the generated and on the real image, with gradients in the parameters (of E
+only where it learns too); to the generator E_x and H_x. Where the discriminator sees the very x_t that the fake score sees ("score" and
+"shared" pairing), E is part of F already, and so is its gradient. A generator of K simulated calls runs (K - 1) / 2 more forward passes
+each time; the regression term adds F_p of the generator and, where it compares features, E_x and E of the teacher. Which of F and F_x an
+objective takes is found by tracing its loss on stand-ins (`calls`), so new objectives and guidance are counted without being named here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from sim_jax.diffusion import guidance
+from sim_jax.objectives import regression
+from sim_jax.objectives.base import Nets
+from sim_jax.recipe import Recipe
+from sim_jax.types import Cond, NoiseLevel
+
+
+@dataclasses.dataclass(frozen=True)
+class Passes:
+    """Operations of `fn(params, x)` for one image; each pass is traced when it is first asked for.
+
+    Attributes:
+      fn: the network.
+      params, x: shapes.
+      padding: as of `products`.
+    """
+
+    fn: Callable[[Any, Any], Any]
+    params_shapes: Any
+    x: Any
+    padding: bool = True
+
+    @functools.cached_property
+    def forward(self) -> int:
+        """The value alone."""
+        return products(self.fn, self.params_shapes, self.x, padding=self.padding)
+
+    @functools.cached_property
+    def image(self) -> int:
+        """The value and its gradient in x."""
+        return self._with_gradient(1)
+
+    @functools.cached_property
+    def params(self) -> int:
+        """The value and its gradient in the parameters."""
+        return self._with_gradient(0)
+
+    @functools.cached_property
+    def both(self) -> int:
+        """The value and its gradient in both."""
+        return self._with_gradient(0, 1)
+
+    @property
+    def backward(self) -> int:
+        """The gradient in x alone, where another pass has run the network forward."""
+        return self.image - self.forward
+
+    def _with_gradient(self, *wrt: int) -> int:
+        def pull(*given):
+            out, back = jax.vjp(lambda *c: self.fn(*(c[wrt.index(i)] if i in wrt else given[i] for i in (0, 1))), *(given[i] for i in wrt))
+            return out, back(jax.tree.map(jnp.ones_like, out))
+
+        return products(pull, self.params_shapes, self.x, padding=self.padding)
+
+
+class Term(NamedTuple):
+    """`times` passes of a network for each image of an update; `flops` of all of them."""
+
+    network: str
+    kind: str
+    times: float
+    flops: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Update:
+    """One network's turn, per image of its batch."""
+
+    terms: tuple[Term, ...]
+
+    @property
+    def flops(self) -> float:
+        return sum(term.flops for term in self.terms)
+
+
+def products(fn: Callable[..., Any], *args: Any, padding: bool = True) -> int:
+    """Operations of all convolutions and matrix products of `fn(*args)`, two for each multiply and add.
+
+    Args:
+      fn, args: traced; the arguments may be ShapeDtypeStructs.
+      padding: counts products with the zeros around an image, as published figures do; False leaves them out, as XLA's own count does.
+    Returns: the count; loops count as often as they run, of branches the dearest.
+    """
+    return _count(jax.make_jaxpr(fn)(*args).jaxpr, padding)
+
+
+def _count(jaxpr: Any, padding: bool) -> int:
+    total = 0
+    for eqn in jaxpr.eqns:
+        name = eqn.primitive.name
+        if name == "dot_general":
+            (contract, _), _ = eqn.params["dimension_numbers"]
+            total += 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(eqn.invars[0].aval.shape[i] for i in contract)
+        elif name == "conv_general_dilated":
+            total += _convolution(eqn, padding)
+        else:
+            inner = [_count(j, padding) for j in inner_jaxprs(eqn)]
+            total += max(inner, default=0) if name == "cond" else sum(inner) * (eqn.params["length"] if name == "scan" else 1)
+    return total
+
+
+def inner_jaxprs(eqn: Any) -> list[Any]:
+    """The programs inside an instruction of a jaxpr."""
+    def is_jaxpr(value: Any) -> bool:
+        return hasattr(value, "eqns") or hasattr(getattr(value, "jaxpr", None), "eqns")
+
+    values = jax.tree.leaves(list(eqn.params.values()), is_leaf=is_jaxpr)
+    return [getattr(value, "jaxpr", value) for value in values if is_jaxpr(value)]
+
+
+def _convolution(eqn: Any, padding: bool) -> int:
+    lhs, rhs, out = (v.aval.shape for v in (*eqn.invars, eqn.outvars[0]))
+    p = eqn.params
+    spec = p["dimension_numbers"]
+    inputs = rhs[spec.rhs_spec[1]]  # channels of one group
+    total = 2 * out[spec.out_spec[0]] * out[spec.out_spec[1]] * inputs
+    for axis, (low, _) in enumerate(p["padding"]):
+        size, kernel, positions = lhs[spec.lhs_spec[2 + axis]], rhs[spec.rhs_spec[2 + axis]], out[spec.out_spec[2 + axis]]
+        stride, spread, reach = p["window_strides"][axis], p["lhs_dilation"][axis], p["rhs_dilation"][axis]
+        at = [o * stride + k * reach - low for o in range(positions) for k in range(kernel)]
+        # Zeros that a stride's gradient puts between pixels are nobody's work; those of the border only where they are asked for.
+        total *= sum(i % spread == 0 and (padding or 0 <= i <= (size - 1) * spread) for i in at)
+    return total
+
+
+def sample(network: Any) -> tuple[Any, Any, Cond]:
+    """Shapes of one image and what a network is told with it."""
+    shape = jax.ShapeDtypeStruct
+    cond = Cond(*(jnp.zeros((1, n)) if n else None for n in (network.label_dim, network.augment_dim)))
+    return shape((1, *network.image_shape), jnp.float32), jnp.ones((1,)), cond
+
+
+def passes(network: Any, *, padding: bool = True) -> Passes:
+    """One network's passes, per image."""
+    x, sigma, cond = sample(network)
+    plain = _plain(network)
+    return Passes(lambda p, x: plain.denoise(p, x, sigma, cond), network.shapes(), x, padding)
+
+
+def encoder_passes(network: Any, resolutions: tuple[int, ...], *, padding: bool = True) -> Passes:
+    """The same of the encoder alone, up to the feature maps of `resolutions`."""
+    x, sigma, cond = sample(network)
+    plain = _plain(network)
+    return Passes(lambda p, x: plain.features(p, x, sigma, cond, resolutions=resolutions), network.shapes(), x, padding)
+
+
+def head_passes(heads: Any, *, padding: bool = True) -> Passes:
+    """The same of a discriminator's heads, of one image's maps."""
+    maps = [jax.ShapeDtypeStruct((1, *shape), jnp.float32) for shape in heads.backbone.feature_shapes(heads.resolutions)]
+    return Passes(lambda p, maps: heads.module.apply({"params": p}, maps), heads.shapes(), maps, padding)
+
+
+def _plain(network: Any) -> Any:
+    """Without recomputation or sharding, which change where work is done and not what is asked for."""
+    spec_fields = {f.name for f in dataclasses.fields(network)}
+    changes = {"gather": None} if "gather" in spec_fields else {}
+    if "module" in spec_fields and hasattr(network.module, "remat"):
+        changes["module"] = network.module.clone(remat="none")
+    return dataclasses.replace(network, **changes)
+
+
+def calls(recipe: Recipe) -> dict[str, tuple[int, int]]:
+    """{"teacher" | "fake" | "discriminate": (forward passes, gradients in the image)} of the objective's loss for one image.
+
+    Found by tracing the loss on stand-ins: two matrices each, of a width that tells them apart.
+    """
+    shape, widths = (1, 2, 2, 1), {"teacher": 101, "fake": 103, "discriminate": 107}
+    w = recipe.guidance
+
+    def stand_in(width: int) -> Callable[..., Any]:
+        inner, outer = jnp.ones((4, width)), jnp.ones((width, 4))
+        return lambda x, sigma, cond: ((x.reshape(-1, 4) @ inner) @ outer).reshape(x.shape)
+
+    made = {name: stand_in(width) for name, width in widths.items()}
+    teacher = guidance.classifier_free(made["teacher"], w=w.teacher, interval=w.interval)
+    fake = guidance.classifier_free(made["fake"], w=w.fake_score)
+    memory = None if recipe.objective.init_memory is None else recipe.objective.init_memory()
+    nets = Nets(teacher=teacher, fake=fake, discriminate=lambda *a: made["discriminate"](*a).reshape(-1, 4), memory=memory)
+    scalar = jnp.ones((1,))
+
+    def loss(x):
+        value, metrics = recipe.objective.pair_loss(nets, x, jnp.ones(shape), NoiseLevel(scalar, scalar, scalar), Cond(jnp.ones((1, 3))))
+        return jnp.sum(value), (value, metrics)
+
+    traced = [jax.make_jaxpr(fn)(jnp.ones(shape)) for fn in (loss, jax.grad(loss, has_aux=True))]
+    forward, both = ({name: _with_width(t.jaxpr, width) // 2 for name, width in widths.items()} for t in traced)
+    return {name: (forward[name], both[name] - forward[name]) for name in widths}
+
+
+def _with_width(jaxpr: Any, width: int) -> int:
+    """How many products have an operand of that width."""
+    found = 0
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            found += any(width in v.aval.shape for v in eqn.invars)
+        found += sum(_with_width(inner, width) for inner in inner_jaxprs(eqn))
+    return found
+
+
+def updates(recipe: Recipe, *, padding: bool = True) -> dict[str, Update]:
+    """{"critic": Update, "generator": Update}, the latter where there is one (module docstring).
+
+    The generator's forward pass is counted in both; an iteration that shares it (`iteration_flops`) counts it once.
+    """
+    costs = _costs(recipe, padding)
+    extra = (len(recipe.plan.sigmas) - 1) / 2 if recipe.inputs == "simulated" else 0.0
+    rollout = [("generator", "forward", extra)] if extra else []
+    gan, critic, out = recipe.adversary, [("fake_score", "params", 1)], {}
+    if recipe.generator is not None:
+        critic = [("generator", "forward", 1), *rollout, *critic]
+    if gan is not None:
+        learns = gan.features == "fake_score"
+        # Generated images whose features the fake score's own pass has: the same x_t, without dropout or augmentation between them.
+        same = learns and gan.pairing != "own" and recipe.augment is None and not recipe.fake_score.network.spec.get("dropout")
+        fresh = 1 if same else 2
+        critic += [("encoder", "params" if learns else "forward", fresh), ("heads", "both" if learns else "params", 2)]
+    out["critic"] = _update(critic, costs)
+    if recipe.generator is not None:
+        out["generator"] = _update([("generator", "params", 1), *rollout, *_generator_terms(recipe)], costs)
+    return out
+
+
+def _generator_terms(recipe: Recipe) -> list[tuple[str, str, float]]:
+    terms, gan, called = [], recipe.adversary, calls(recipe)
+    for name, network in (("teacher", "teacher"), ("fake", "fake_score")):
+        forward, gradient = called[name]
+        terms += [(network, "image", gradient)] * bool(gradient) + [(network, "forward", forward - gradient)] * (forward > gradient)
+    if gan is not None:
+        # The objective's own logits are of the x_t that both score networks see, the added term's of that or of their own.
+        judged, pulled = called["discriminate"]
+        same, added = gan.pairing != "own", int(bool(gan.weight))
+        backbone = "fake" if gan.features == "fake_score" else "teacher"
+        if not called[backbone][1]:
+            terms += [("encoder", "backward", n) for n in (pulled + added * same,) if n]
+        terms += [("encoder", "image", added)] * (added and not same)
+        heads = max(pulled, added) if same else pulled + added
+        terms += [("heads", "image", heads)] * bool(heads) + [("heads", "forward", judged)] * (judged > pulled and not (same and added))
+    if recipe.regression is not None:
+        terms.append(("generator", "params", 1))
+        if recipe.regression.loss.keywords.get("distance") == regression.PERCEPTUAL:
+            terms += [("pyramid", "image", 1), ("pyramid", "forward", 1)]
+    return terms
+
+
+def _costs(recipe: Recipe, padding: bool) -> Mapping[str, Passes]:
+    out, seen = {}, {}
+    for name in ("generator", "fake_score", "teacher"):
+        network = getattr(getattr(recipe, name), "network", getattr(recipe, name))
+        if network is not None:
+            key = repr({k: v for k, v in network.spec.items() if "dropout" not in k})
+            seen[key] = out[name] = seen.get(key) or passes(network, padding=padding)
+    if recipe.adversary is not None:
+        heads = recipe.adversary.role.network
+        out["encoder"] = encoder_passes(heads.backbone, heads.resolutions, padding=padding)
+        out["heads"] = head_passes(heads, padding=padding)
+    if recipe.regression is not None:
+        out["pyramid"] = encoder_passes(recipe.teacher, recipe.regression.resolutions, padding=padding)
+    return out
+
+
+def _update(terms: list[tuple[str, str, float]], costs: Mapping[str, Passes]) -> Update:
+    return Update(tuple(Term(name, kind, times, times * getattr(costs[name], kind)) for name, kind, times in terms))
+
+
+def iteration_flops(recipe: Recipe, made: Mapping[str, Update], *, update_critic: bool = True, update_generator: bool = True) -> float:
+    """Operations per image of an iteration with these turns; what both updates share is counted once."""
+    total = made["critic"].flops if update_critic else 0.0
+    if update_generator and "generator" in made:
+        total += made["generator"].flops
+        if update_critic and recipe.images == "shared":
+            total -= sum(term.flops for term in made["critic"].terms if term.network == "generator")
+    return total

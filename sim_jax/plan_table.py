@@ -1,0 +1,77 @@
+"""The table of plans: the shipped configs on the usual slices, as Markdown, with every plan kept as JSON beside it.
+
+A plan whose JSON is there is not made again, so that a table that was stopped goes on, and one more column costs only itself.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from sim_jax import config_file, files, planning, topologies
+
+_CUT = ("--config.sharding.rules=(('.*','fsdp'),)", "--config.sharding.teacher_rules=(('.*','fsdp'),)")
+ROWS = (
+    ("CIFAR-10, SIM", "configs/cifar10.py:cond", ()),
+    ("CIFAR-10, DMD2", "configs/cifar10.py:dmd2_fastgen,cond", ()),
+    ("ImageNet-64, SIM", "configs/imagenet64.py", _CUT),
+    ("ImageNet-64, DMD2", "configs/imagenet64.py:dmd2", _CUT),
+)
+TOPOLOGIES = ("v5e:2x4", "v5p:2x2x1", "v6e:2x4", "h100:8")
+
+
+def write(out: str, *, effort: str, estimate: str) -> int:
+    """Makes the plans that are missing, one at a time, and writes the table after each; the exit code."""
+    kept = pathlib.Path(out).with_suffix(".json")
+    plans = json.loads(kept.read_text()) if kept.is_file() else {}
+    # Stand-ins are as many as the largest topology asks for, since JAX counts its CPU devices once.
+    topologies.stand_ins(max(topologies.parse(name).count for name in TOPOLOGIES))
+    for title, name, overrides in ROWS:
+        for where in TOPOLOGIES:
+            key = f"{title} on {where}"
+            topology = topologies.parse(where)
+            wanted = "compile" if estimate in ("auto", "compile") and topologies.compiles(topology) else "arithmetic"
+            if key in plans and (plans[key]["estimate"] == wanted or wanted == "arithmetic"):
+                continue
+            config = config_file.load(name)
+            config_file.override(config, list(overrides))
+            print(f"planning {key} ({wanted})", flush=True)
+            plans[key] = planning.make(config, topology, estimate=wanted, effort=effort, name=" ".join([name, *overrides]))
+            files.write_atomically(kept, lambda file: file.write(json.dumps(plans, indent=1).encode() + b"\n"), key="--out")
+            files.write_atomically(out, lambda file: file.write(markdown(plans).encode()), key="--out")
+    files.write_atomically(out, lambda file: file.write(markdown(plans).encode()), key="--out")
+    return 0
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.2f}"
+
+
+def markdown(plans: Mapping[str, Mapping[str, Any]]) -> str:
+    """The table of the plans, in the order of the rows."""
+    lines = [
+        "# Plans", "",
+        "Made by `python -m sim_jax.plan --table --out=configs/plans.md`, without the devices. Every figure is per device; memory in GiB.",
+        "*States* are parameters, averages, optimiser and teacher, exact from shapes and shardings; *peak* is what the step needs at once: by",
+        "libtpu's own analysis where the last column says *compiled* (level O0, the compiler's fastest: the program that runs needs less), else by",
+        "arithmetic (`sim_jax/footprint.py`). TFLOP are model products of one iteration, averaged over a cycle of turns; messages are those of the",
+        "iteration in which the generator moves. ImageNet-64 is planned with every state and the teacher cut over the devices",
+        "(`sharding.rules` and `sharding.teacher_rules` `(('.*','fsdp'),)`), CIFAR-10 with copies. *Batch* is images on a device at a time,",
+        "times micro-batches.", "",
+        "| run | devices | batch | states | peak | of | fits | TFLOP | messages | how |", "|---|---|---|---|---|---|---|---|---|---|"]
+    for title, *_ in ROWS:
+        for where in TOPOLOGIES:
+            plan = plans.get(f"{title} on {where}")
+            lines += [_row(title, where, plan)] if plan else []
+    return "\n".join(lines) + "\n"
+
+
+def _row(title: str, where: str, plan: Mapping[str, Any]) -> str:
+    flops = sum(entry["share"] * entry["flops"] for entry in plan["iterations"].values())
+    program = max(plan.get("programs", {}).values(), key=lambda p: p["memory"]["peak"], default={})
+    messages = "; ".join(f"{kind} {m['count']} x, {_gib(m['bytes'])} GiB" for kind, m in program.get("messages", {}).items()) or "not compiled"
+    return (f"| {title} | {where}, {plan['devices']} x {plan['device']} | {plan['images_per_piece']} x {plan['micro_batches']} "
+            f"| {_gib(sum(plan['states'].values()))} | {_gib(plan['peak'])} | {plan['memory'] / 2**30:.0f} | {'yes' if plan['fits'] else 'no'} "
+            f"| {flops / 1e12:.2f} | {messages} | {'compiled' if plan['estimate'] == 'compile' else plan['estimate']} |")
