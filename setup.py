@@ -25,6 +25,7 @@ setup(
         "array_record>=0.6",
         "grain>=0.2.10",
         "numpy>=1.26",
+        "ml-dtypes>=0.4",
         "absl-py>=2",
         "pillow>=10",
         "safetensors>=0.4.5",
@@ -34,6 +35,7 @@ setup(
     ],
     extras_require={
         "tf": ["tensorflow-cpu>=2.17"],
+        "text": ["transformers>=4.44", "torch>=2.2", "sentencepiece>=0.2"],  # sim_jax.data.embed_prompts with a T5; CLIP scores
         "convert": [],  # nothing more: checkpoints of PyTorch are read without it
         "test": ["pytest>=8", "pytest-xdist>=3.5", "scipy>=1.11", "scikit-learn>=1.4",
                  "nbclient>=0.10", "nbformat>=5.10", "ipykernel>=6.29", "pyyaml>=6"],

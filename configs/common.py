@@ -98,6 +98,11 @@ def get_config(method: str = "sim") -> ConfigDict:
         pad_to=placeholder(int),
         max_size=placeholder(int),
     ))
+    config.text = ConfigDict(dict(            # captions, for networks that take text; length and width are network.caption_*
+        path=placeholder(str),                # a directory of sim_jax.data.embed_prompts, or "builtin:NAME": what a data-free run distils on;
+                                              # with images, one for each; None: where data brings captions of its own
+        eval_path=placeholder(str),           # captions of pictures, probes and figures; None: the same, from the first
+    ))
     config.ema = ConfigDict(dict(
         halflife_kimg=(500.0,),               # one average per entry, named e.g. "ema_500k"; the first is the default; (): none
         rampup=0.05,                          # half-life at most this share of the images seen; 0: none
@@ -125,6 +130,7 @@ def get_config(method: str = "sim") -> ConfigDict:
         eval_images=5000,                     # images of a Frechet distance
         features="none",                      # what it is measured in: digits, mnist, the directory of a converted Inception network, or none
         metrics=("fd", "class", "pr", "floor"),  # of sim_jax.evals.figures; measured at eval_every and at the end
+        autoencoder=placeholder(str),         # a directory: decodes latents for pictures and figures; None: latents are shown as colours
         reference=placeholder(str),           # digits, a zip, folder or .npz; None: digits for those features, else data.path
         best="fd",                            # the generator with the lowest of this is kept as best.safetensors, with its checkpoint; "": none
         batch_per_device=128,                 # while sampling

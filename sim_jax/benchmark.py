@@ -63,19 +63,26 @@ def _batch(experiment) -> dict[str, Any] | None:
     import jax
     import numpy as np
 
-    from sim_jax import recipes
+    from sim_jax import cost, recipes
 
     config, recipe, layout = experiment.config, experiment.recipe, experiment.layout
-    rng, size = np.random.default_rng(0), experiment.config.batch_size
+    rng, size, shape = np.random.default_rng(0), experiment.config.batch_size, cost.text_shape(recipe.fake_score.network)
 
-    def images(**more):
-        found = {"image": rng.uniform(-1, 1, (size, *recipe.image_shape)).astype("float32"),
-                 "label": rng.integers(0, max(recipe.label_dim, 1), size).astype("int32"), **more}
+    def place(**found):
         return {name: jax.device_put(value, layout.batch) for name, value in found.items()}
 
-    out = images() if "data" in recipes.needs(config, recipe.objective) else {}
+    def images(**more):
+        return place(image=rng.uniform(-1, 1, (size, *recipe.image_shape)).astype("float32"),
+                     label=rng.integers(0, max(recipe.label_dim, 1), size).astype("int32"), **more)
+
+    def captions():
+        if shape is None:
+            return {}
+        return place(text=rng.standard_normal((size, *shape), "float32").astype(jax.numpy.bfloat16), text_mask=np.ones((size, shape[0]), bool))
+
+    out = captions() | (images() if "data" in recipes.needs(config, recipe.objective) else {})
     if recipe.regression is not None:
-        out["pair"] = images(index=np.arange(size, dtype="uint32"))
+        out["pair"] = captions() | images(index=np.arange(size, dtype="uint32"))
     return out or None
 
 

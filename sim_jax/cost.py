@@ -156,23 +156,34 @@ def _convolution(eqn: Any, padding: bool) -> int:
     return total
 
 
-def sample(network: Any) -> tuple[Any, Any, Cond]:
-    """Shapes of one image and what a network is told with it."""
-    shape = jax.ShapeDtypeStruct
-    cond = Cond(*(jnp.zeros((1, n)) if n else None for n in (network.label_dim, network.augment_dim)))
-    return shape((1, *network.image_shape), jnp.float32), jnp.ones((1,)), cond
+_TOKENS = 120  # of captions, where a network takes any number: those of PixArt-alpha
+
+
+def text_shape(network: Any) -> tuple[int, int] | None:
+    """(L, D) of a network's captions; None where it takes none."""
+    return (network.text_tokens or _TOKENS, network.text_dim) if network.text_dim else None
+
+
+def sample(network: Any, count: int = 1) -> tuple[Any, Any, Cond]:
+    """Shapes of `count` images and what a network is told with them."""
+    shape, text = jax.ShapeDtypeStruct, text_shape(network)
+    labels = (shape((count, n), jnp.float32) if n else None for n in (network.label_dim, network.augment_dim))
+    caption = (shape((count, *text), jnp.bfloat16), shape((count, text[0]), jnp.bool_)) if text else ()
+    return shape((count, *network.image_shape), jnp.float32), shape((count,), jnp.float32), Cond(*labels, *caption)
 
 
 def passes(network: Any, *, padding: bool = True) -> Passes:
     """One network's passes, per image."""
-    x, sigma, cond = sample(network)
+    x, *told = sample(network)
+    sigma, cond = jax.tree.map(lambda a: jnp.ones(a.shape, a.dtype), tuple(told))
     plain = _plain(network)
     return Passes(lambda p, x: plain.denoise(p, x, sigma, cond), network.shapes(), x, padding)
 
 
 def encoder_passes(network: Any, resolutions: tuple[int, ...], *, padding: bool = True) -> Passes:
     """The same of the encoder alone, up to the feature maps of `resolutions`."""
-    x, sigma, cond = sample(network)
+    x, *told = sample(network)
+    sigma, cond = jax.tree.map(lambda a: jnp.ones(a.shape, a.dtype), tuple(told))
     plain = _plain(network)
     return Passes(lambda p, x: plain.features(p, x, sigma, cond, resolutions=resolutions), network.shapes(), x, padding)
 
@@ -263,8 +274,9 @@ def _generator_terms(recipe: Recipe) -> list[tuple[str, str, float]]:
         judged, pulled = called["discriminate"]
         same, added = gan.pairing != "own", int(bool(gan.weight))
         backbone = "fake" if gan.features == "fake_score" else "teacher"
-        if not called[backbone][1]:
-            terms += [("encoder", "backward", n) for n in (pulled + added * same,) if n]
+        # The objective's own logits share its gradient, if it has one; the added term's is taken by itself, to be measured.
+        apart = pulled * (not called[backbone][1]) + added * same
+        terms += [("encoder", "backward", apart)] * bool(apart)
         terms += [("encoder", "image", added)] * (added and not same)
         heads = max(pulled, added) if same else pulled + added
         terms += [("heads", "image", heads)] * bool(heads) + [("heads", "forward", judged)] * (judged > pulled and not (same and added))

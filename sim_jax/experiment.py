@@ -12,10 +12,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from sim_jax import config_checks, load, networks, objectives, optim, randomness, recipes, sharding
+from sim_jax.data import captions as text
 from sim_jax.data import make_source
+from sim_jax.data.captions import Captions
 from sim_jax.data.source import Source
 from sim_jax.evals.generate import Latents, SamplerSpec
 from sim_jax.recipe import Recipe, Role
@@ -33,6 +36,8 @@ class Experiment:
       recipe: the training iteration's static half.
       teacher: network, host parameters and origin; None where a teacher is trained.
       source: real images, None in a data-free run.
+      captions: of the images or, in a data-free run, what is asked of the generator; None without text.
+      shown: captions of pictures, probes and figures.
       shapes, shardings: of the DistillState.
       teacher_shardings: of the teacher's parameters.
       start_steps: iterations before the generator's first turn begins.
@@ -43,6 +48,8 @@ class Experiment:
     recipe: Recipe
     teacher: load.Loaded | None
     source: Source | None
+    captions: Captions | None = None
+    shown: Captions | None = None
     shapes: DistillState
     shardings: DistillState
     teacher_shardings: Params | None
@@ -72,12 +79,19 @@ class Experiment:
         """How the teacher's own samples are drawn, or those of a denoiser in training."""
         section = self.config.teacher
         return SamplerSpec(sampler=section.sampler, num_steps=section.num_steps, guidance=section.guidance,
-                           interval=tuple(section.guidance_interval) or None)
+                           interval=tuple(section.guidance_interval) or None, null_text=self.recipe.guidance.null_text)
 
     def latents(self) -> Latents:
         """Where samples start: noise and classes by (seed, index)."""
         network = self.trained.network
-        return Latents(network.image_shape, network.label_dim, self.config.labels.scheme, recipes.histogram(self.config))
+        return Latents(network.image_shape, network.label_dim, self.config.labels.scheme, recipes.histogram(self.config), self.shown)
+
+    def fixed_text(self, count: int) -> dict[str, Any] | None:
+        """The first `count` captions of pictures, "text" and "text_mask" on the devices, again from the start where there are fewer."""
+        if self.shown is None:
+            return None
+        states, mask = self.shown.text(np.arange(count) % len(self.shown))
+        return {name: sharding.place(rows, self.layout.batch) for name, rows in (("text", states), ("text_mask", mask))}
 
 
 def build(config: ConfigDict, *, devices: Sequence[Any] | None = None, with_data: bool = True, with_weights: bool = True) -> Experiment:
@@ -98,20 +112,24 @@ def build(config: ConfigDict, *, devices: Sequence[Any] | None = None, with_data
         sharding.check_rules(rules, mesh)
     spec = networks.full_spec(recipes.given(config.network))
     if spec["img_resolution"] > 1:
-        config_checks.check_measure(config.run, resolution=spec["img_resolution"], channels=spec["img_channels"])
+        shown = (spec["img_resolution"], spec["img_resolution"], spec["img_channels"])
+        if config.run.autoencoder and with_data:
+            shown = load.decoded_shape(config.run.autoencoder, spec, key="run.autoencoder")
+        config_checks.check_measure(config.run, resolution=shown[0], channels=shown[2])
     requirements = recipes.needs(config, objective)
     source = _source(config, spec, requirements) if with_data else None
     teacher = _teacher(config, spec, with_weights) if "teacher" in requirements else None
     if teacher is not None and not recipes.is_analytic(teacher.network.spec):
         spec = dict(teacher.network.spec)
-    recipe, start_steps, total_steps = recipes.make(config, objective, requirements, spec, teacher, mesh)
+    captions, shown = _captions(config, spec, source) if with_data else (None, None)
+    recipe, start_steps, total_steps = recipes.make(config, objective, requirements, spec, teacher, mesh, captions)
 
     shapes = jax.eval_shape(lambda: _random_state(recipe, None))
     shardings = sharding.tree_shardings(shapes, mesh, config.sharding.rules)
     teacher_shardings = sharding.tree_shardings(teacher.network.shapes(), mesh, config.sharding.teacher_rules) if teacher else None
     return Experiment(
-        config=config, recipe=_with_shardings(recipe, shardings, teacher_shardings), teacher=teacher, source=source, shapes=shapes,
-        shardings=shardings, teacher_shardings=teacher_shardings, start_steps=start_steps, total_steps=total_steps)
+        config=config, recipe=_with_shardings(recipe, shardings, teacher_shardings), teacher=teacher, source=source, captions=captions,
+        shown=shown, shapes=shapes, shardings=shardings, teacher_shardings=teacher_shardings, start_steps=start_steps, total_steps=total_steps)
 
 
 def _with_shardings(recipe: Recipe, shardings: DistillState, teacher_shardings: Params | None) -> Recipe:
@@ -194,6 +212,32 @@ def _source(config: ConfigDict, spec: Mapping[str, Any], needs: frozenset[str]) 
         return None
     return make_source(name, **knobs, resolution=spec["img_resolution"], channels=spec["img_channels"],
                        label_dim=spec["label_dim"])
+
+
+def _captions(config: ConfigDict, spec: Mapping[str, Any], source: Source | None) -> tuple[Captions | None, Captions | None]:
+    """Captions of training, and of pictures and figures."""
+    network = networks.build(spec)
+    brought, section = getattr(source, "captions", None), config.text
+    if not network.text_dim:
+        for key in ("path", "eval_path"):
+            if section[key]:
+                raise ValueError(f"text.{key}: got {section[key]!r}, allowed with {spec['model_type']}: nothing, it takes no text")
+        return None, None
+    if brought is not None and section.path:
+        raise ValueError(f"text.path: got {section.path!r}, allowed with data.name {config.data.name!r}: nothing, its images have captions")
+    if brought is None and not section.path:
+        raise ValueError(f"text.path: got nothing, allowed with {spec['model_type']}: a directory that sim_jax.data.embed_prompts wrote, or "
+                         f"{', '.join('builtin:' + name for name in text.BUILTIN)}")
+    fit = dict(width=network.text_dim, tokens=network.text_tokens or None)
+    captions = text.fitted(brought, **fit, key="data.name") if section.path is None else text.fitted(text.open_captions(section.path), **fit)
+    if source is not None and len(captions) != len(source):
+        raise ValueError(f"text.path: got {len(captions)} captions, allowed: {len(source)}, one for each image of data.name")
+    if section.eval_path is None:
+        return captions, captions
+    opened = text.open_captions(section.eval_path, key="text.eval_path")
+    if opened.encoder != captions.encoder:
+        raise ValueError(f"text.eval_path: got captions of the encoder {opened.encoder!r}, allowed: {captions.encoder!r}, as in training")
+    return captions, text.fitted(opened, **fit, key="text.eval_path")
 
 
 def _teacher(config: ConfigDict, spec: Mapping[str, Any], with_weights: bool) -> load.Loaded:

@@ -27,7 +27,6 @@ import jax.numpy as jnp
 
 from sim_jax import cost, networks
 from sim_jax.recipe import Recipe
-from sim_jax.types import Cond
 
 _IMAGES = 1009
 _RECOMPUTED = ("checkpoint", "remat", "remat2")
@@ -60,8 +59,7 @@ def _per_image(spec: tuple[tuple[str, Any], ...], dtype: str, remat: str, of_par
     Traced for a number of images that is no network's width, so that arrays of every sample are told from parameters.
     """
     network, wrt = networks.build(dict(spec), dtype=dtype, remat=remat), 0 if of_params else 1
-    cond = Cond(*(jax.ShapeDtypeStruct((_IMAGES, n), jnp.float32) if n else None for n in (network.label_dim, network.augment_dim)))
-    x, sigma = jax.ShapeDtypeStruct((_IMAGES, *network.image_shape), jnp.float32), jax.ShapeDtypeStruct((_IMAGES,), jnp.float32)
+    x, sigma, cond = cost.sample(network, _IMAGES)
 
     def residuals(params, x, sigma, cond):
         fixed = [params, x]

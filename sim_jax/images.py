@@ -40,6 +40,14 @@ def to_uint8(images: Any) -> Any:
     return (images.astype("float32") * 127.5 + 128).clip(0, 255).astype("uint8")
 
 
+def presentable(images: np.ndarray) -> np.ndarray:
+    """What a picture shows of float images [..., C]: themselves where C is 1 or 3; of latents their first three channels over 3, as colours
+    (or the first alone, where there are two)."""
+    images = np.asarray(images)
+    channels = images.shape[-1]
+    return images if channels in (1, 3) else images[..., :3] / 3 if channels > 3 else images[..., :1]
+
+
 def _check(images: Any) -> np.ndarray:
     images = np.asarray(images)
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3) or 0 in images.shape:
@@ -180,6 +188,17 @@ def save_png(path: str | Path, images: Any, *, columns: int | None = None, scale
         picture = enlarge(_check_picture(images), scale or 1)
     data = png_bytes(picture, metadata=metadata)
     return files.write_atomically(path, lambda file: file.write(data))
+
+
+def save_folder(folder: str | Path, images: Any, *, about: Sequence[Mapping[str, Any]]) -> Path:
+    """Writes image i as `NNNNNN.png` into a folder, atomically each, with `about[i]` as its text.
+
+    Raises: ValueError for other images, another number of texts, or a folder that cannot be written.
+    """
+    images, folder = _check(images), files.make_folder(folder, key="out")
+    for index, (image, text) in enumerate(zip(images, about, strict=True)):
+        save_png(folder / f"{index:06d}.png", image, metadata=text)
+    return folder
 
 
 def check_samples_path(path: str | Path) -> Path:

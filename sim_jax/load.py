@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sim_jax import autoencoder, checkpoint, networks, optim, param_table, sharding, weights
-from sim_jax.data import labels
+from sim_jax import autoencoder, checkpoint, images, networks, optim, param_table, sharding, weights
+from sim_jax.data import captions, encoders, labels
+from sim_jax.data.captions import Captions
+from sim_jax.data.encoders import Encoder
 from sim_jax.diffusion.samplers import FewStep
 from sim_jax.evals.generate import ImageSampler, Latents, SamplerSpec
 from sim_jax.types import Params
@@ -109,6 +111,54 @@ def load_autoencoder(path: str | pathlib.Path, *, dtype: str = "float32") -> tup
     return model, param_table.from_torch(state, model.shapes(), prefix="", source=source), header
 
 
+def decoded_shape(path: str | pathlib.Path, spec: Mapping[str, Any], *, key: str = "autoencoder") -> tuple[int, int, int]:
+    """(H, W, C) of what the autoencoder in a directory decodes from a network's latents; reads no weights.
+
+    Raises: ValueError, which begins with `key`, where it cannot be read, or makes other latents than those of the network `spec`.
+    """
+    try:
+        model = autoencoder.build(weights.read_header(str(path))["network"])
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{key}: {error}") from None
+    for name, got, wanted in (("latents of channels", model.spec["latent_channels"], spec["img_channels"]),
+                              ("scaling_factor", model.spec["scaling_factor"], spec.get("scaling_factor", model.spec["scaling_factor"]))):
+        if abs(got - wanted) > 1e-6:
+            raise ValueError(f"{key}: got {str(path)!r} with {name} {got:g}, allowed: {wanted:g}, as the network {spec['model_type']} has")
+    side = spec["img_resolution"] * model.factor
+    return (side, side, model.spec["img_channels"])
+
+
+def open_decoder(path: str | pathlib.Path, spec: Mapping[str, Any], *, layout: sharding.Layout = sharding.Layout(), batch_per_device: int = 4,
+                 dtype: str = "float32", key: str = "autoencoder") -> Callable[[np.ndarray], np.ndarray]:
+    """What turns a network's latents float32 [N,h,w,c] into images float32 [N,H,W,C], on the host, by an autoencoder in a directory.
+
+    Args:
+      path: as `load_autoencoder`.
+      spec: the network's.
+      layout, batch_per_device: images of one program, over the mesh.
+      dtype: what the autoencoder computes in.
+    Raises: ValueError, which begins with `key`, where the autoencoder cannot be read, or makes other latents than the network's.
+    """
+    decoded_shape(path, spec, key=key)
+    try:
+        model, params, _ = load_autoencoder(path, dtype=dtype)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from None
+    size = batch_per_device * (1 if layout.mesh is None else layout.mesh.size)
+    held = params if layout.mesh is None else sharding.place(params, jax.tree.map(lambda _: layout.replicated, params))
+    run = jax.jit(lambda params, z: model.decode(params, layout.split(z)))
+
+    def decode(latents: np.ndarray) -> np.ndarray:
+        out = []
+        for start in range(0, len(latents), size):
+            part = latents[start: start + size]
+            padded = np.concatenate([part, np.repeat(part[-1:], size - len(part), axis=0)])
+            out.append(sharding.to_host(run(held, jnp.asarray(padded)))[: len(part)])
+        return np.concatenate(out)
+
+    return decode
+
+
 def _load_workdir(workdir: pathlib.Path, ema: str | None) -> Loaded:
     record = checkpoint.read_json(workdir / "config.json")
     try:
@@ -141,16 +191,26 @@ class Generator:
     loaded: Loaded
     sampler: ImageSampler
 
-    def sample(self, num: int, seed: int = 0, class_labels: Sequence[int] | int | None = None) -> np.ndarray:
+    def sample(self, num: int | None = None, seed: int = 0, class_labels: Sequence[int] | int | None = None, *,
+               text: Captions | None = None, prompts: Sequence[str] | None = None, encoder: Encoder | str | None = None) -> np.ndarray:
         """Samples 0 ... num - 1 of `seed`.
 
         Args:
-          num: how many.
-          seed: image i depends on (seed, i) and its class only.
+          num: how many; None: one per caption.
+          seed: image i depends on (seed, i), its class and its caption only.
           class_labels: one class, one per image, or None to draw them.
-        Returns: uint8 [num,H,W,C].
-        Raises: ValueError for a class out of range or a list of another length.
+          text: captions, of which image i has number i mod their number, for a network that takes text.
+          prompts, encoder: instead of `text`, the captions' words and who reads them: an encoder, or what `encoders.open_encoder` takes.
+        Returns: uint8 [num,H,W,C]; float32 latents [num,h,w,c] where the network's images are latents and there is no autoencoder.
+        Raises: ValueError for a class out of range, a list of another length, or captions that do not fit.
         """
+        if prompts is not None:
+            if text is not None or encoder is None:
+                raise ValueError("prompts: allowed with an encoder, and without text")
+            text = captions.encoded(encoders.open_encoder(encoder) if isinstance(encoder, str) else encoder, prompts)
+        if text is not None:
+            text = captions.fitted(text, width=self.loaded.network.text_dim, tokens=self.loaded.network.text_tokens or None, key="captions")
+        num = (100 if text is None else len(text)) if num is None else num
         if num < 1:
             raise ValueError(f"num: got {num}, allowed: 1 or more")
         classes = None
@@ -159,21 +219,29 @@ class Generator:
             classes = labels.check_labels(classes, self.loaded.network.label_dim)
             if len(classes) != num:
                 raise ValueError(f"class_labels: got {len(classes)} for {num} images, allowed: one class, or one per image")
-        return self.sampler(self._params, seed=seed, count=num, classes=classes)[0]
+        return self.sampler(self._params, seed=seed, count=num, classes=classes, text=text)[0]
 
     @property
     def _params(self) -> Params:
         return jax.tree.map(jnp.asarray, self.loaded.params)
 
 
-def load_generator(path: str | pathlib.Path, ema: str | None = None, *, num_steps: int | None = None, batch: int = 128) -> Generator:
+def load_generator(path: str | pathlib.Path, ema: str | None = None, *, num_steps: int | None = None, batch: int = 128, guidance: float = 1.0,
+                   null_text: np.ndarray | None = None, autoencoder: str | pathlib.Path | None = None) -> Generator:
     """A generator ready to sample, from a workdir or a file of weights.
 
     Args:
       path, ema: as in `load`.
       num_steps: samples in Heun steps (teachers; default 18, which are 35 calls).
       batch: images per device and call.
+      guidance, null_text: of teachers, as `SamplerSpec`'s.
+      autoencoder: a directory of one, which decodes what the network makes.
+    Raises: ValueError as `load` and `open_decoder` do.
     """
     loaded = load(path, ema=ema)
-    spec = SamplerSpec(few_step=loaded.few_step) if loaded.few_step and num_steps is None else SamplerSpec(num_steps=num_steps or 18)
-    return Generator(loaded, ImageSampler(loaded.network, spec, loaded.latents(), batch_per_device=batch))
+    few_step = loaded.few_step if num_steps is None else None
+    spec = SamplerSpec(few_step=few_step) if few_step else SamplerSpec(num_steps=num_steps or 18, guidance=guidance, null_text=null_text)
+    decode = None if autoencoder is None else open_decoder(autoencoder, loaded.network.spec)
+    plain = decode is None and loaded.network.image_shape[2] not in (1, 3)
+    return Generator(loaded, ImageSampler(loaded.network, spec, loaded.latents(), batch_per_device=batch, decode=decode,
+                                          finish=np.asarray if plain else images.to_uint8))

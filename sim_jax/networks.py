@@ -115,6 +115,11 @@ class Network:
         """Channels of the captions that it takes; 0: none."""
         return self.spec["caption_channels"] if "caption_channels" in self.spec else 0
 
+    @property
+    def text_tokens(self) -> int:
+        """Length of its null caption, and so of all its captions; 0: any."""
+        return self.spec["caption_tokens"] if "caption_tokens" in self.spec else 0
+
     def init(self, key: Key) -> Params:
         """Random parameters, float32, under the PyTorch names."""
         x = jnp.zeros((1, *self.image_shape))

@@ -16,6 +16,7 @@ import numpy as np
 
 from sim_jax import files, processes
 from sim_jax.data import pipeline
+from sim_jax.data.captions import Captions
 from sim_jax.evals.generate import ImageSampler, Latents, SamplerSpec
 from sim_jax.networks import Network
 from sim_jax.sharding import Layout
@@ -57,8 +58,15 @@ def open_pairs(workdir: pathlib.Path, *, count: int, seed: int, network: Network
     return out
 
 
-def batches(pairs: dict[str, np.ndarray], *, seed: int, batch_size: int, start_step: int, rows: np.ndarray) -> Iterator[dict[str, Any]]:
-    """The rows [b] of every step's batch from `start_step` on that this process holds, in an order that is a function of (seed, step)."""
+def batches(pairs: dict[str, np.ndarray], *, seed: int, batch_size: int, start_step: int, rows: np.ndarray,
+            captions: Captions | None = None) -> Iterator[dict[str, Any]]:
+    """The rows [b] of every step's batch from `start_step` on that this process holds, in an order that is a function of (seed, step).
+
+    `captions` are those of `open_pairs`' latents.
+    """
     for step in iter(range(start_step, 1 << 62)):
         index = pipeline.image_order(step * batch_size + np.asarray(rows, np.int64), size=len(pairs["label"]), seed=_seed(seed))
-        yield {"index": index.astype(np.uint32), "image": pairs["image"][index], "label": pairs["label"][index]}
+        batch = {"index": index.astype(np.uint32), "image": pairs["image"][index], "label": pairs["label"][index]}
+        if captions is not None:
+            batch["text"], batch["text_mask"] = captions.text(index % len(captions))
+        yield batch

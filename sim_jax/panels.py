@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sim_jax import images, probes, steps
-from sim_jax.data.labels import one_hot
+from sim_jax.data.labels import condition
 from sim_jax.objectives import adversarial
 from sim_jax.objectives.base import Nets, diffuse
 from sim_jax.recipe import Recipe
@@ -26,19 +26,21 @@ TITLES = {"x_t": "x_t, noise rising downwards", "teacher": "the teacher's x0", "
 
 
 def make_panels(recipe: Recipe, sigmas: np.ndarray, *, count: int) -> Callable[..., dict[str, Array]]:
-    """`panels(state, teacher_params, key, real) -> arrays`, pure and to be jitted.
+    """`panels(state, teacher_params, key, real, text=None) -> arrays`, pure and to be jitted.
 
     Args:
       recipe: the run's.
       sigmas: L noise levels.
       count: N images.
-    Returns: a function whose `real` is None or {"image": [M,H,W,C], "label": [M]}; its arrays are [N,L,H,W,C] under the names of
+    Returns: a function whose `real` is None or {"image": [M,H,W,C], "label": [M]} and captions, and whose `text` has the captions of the N
+    generated images, as in `probes.held_out`; its arrays are [N,L,H,W,C] under the names of
     `TITLES`, and with an adversarial term the logits "fake" [N] and "real" [M], each averaged over the heads.
     """
     gan = recipe.adversary
 
-    def panels(state: DistillState, teacher_params: Params, key: Key, real: Mapping[str, Array] | None) -> dict[str, Array]:
-        clean, clean_cond, draw = probes.held_out(recipe, state.generator.params, key, count)
+    def panels(state: DistillState, teacher_params: Params, key: Key, real: Mapping[str, Array] | None,
+               text: Mapping[str, Array] | None = None) -> dict[str, Array]:
+        clean, clean_cond, draw = probes.held_out(recipe, state.generator.params, key, count, text)
         x0, noise, level, cond = probes.at_levels(sigmas, clean, clean_cond, draw)
         teacher, fake = steps.score_networks(recipe, state.fake_score.params, teacher_params)
         heads = None if gan is None else recipe.layout.gather(state.discriminator.params)
@@ -52,7 +54,7 @@ def make_panels(recipe: Recipe, sigmas: np.ndarray, *, count: int) -> Callable[.
             out["gan_gradient"] = steps.image_gradient(lambda x: adversarial.generator_loss(
                 nets.discriminate, x, noise, level, cond, clamp=gan.clamp), x0)[2]
             logits["fake"] = _judge(recipe, nets, key, clean, clean_cond)
-            logits["real"] = _judge(recipe, nets, key, real["image"], Cond(class_labels=one_hot(real["label"], recipe.label_dim)))
+            logits["real"] = _judge(recipe, nets, key, real["image"], condition({**real, "class": real["label"]}, recipe.label_dim))
         return {name: a.reshape(count, len(sigmas), *a.shape[1:]) for name, a in out.items()} | logits
 
     return panels
@@ -82,7 +84,7 @@ def pictures(panels: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     for name in TITLES:
         if name in panels:
             rows = np.moveaxis(np.asarray(panels[name], np.float32), 1, 0)
-            shown = _signed(rows) if name.endswith("gradient") else images.to_uint8(rows.reshape(-1, *rows.shape[2:]))
+            shown = _signed(rows) if name.endswith("gradient") else images.to_uint8(images.presentable(rows.reshape(-1, *rows.shape[2:])))
             out[name] = images.grid(shown, columns=rows.shape[1], scale=None)
     return out
 

@@ -103,14 +103,17 @@ def arguments(built: Experiment) -> tuple[Any, ...]:
     layout, count = built.layout, built.recipe.batch_size
     key = jax.ShapeDtypeStruct((), jax.eval_shape(lambda: jax.random.key(0)).dtype, sharding=layout.replicated)
 
+    text = cost.text_shape(built.recipe.fake_score.network)
+    captions = {"text": jnp.bfloat16, "text_mask": jnp.bool_} if text else {}
+
     def rows(**kinds: Any) -> dict[str, Any]:
-        shapes = {"image": (count, *built.recipe.image_shape)}
+        shapes = {"image": (count, *built.recipe.image_shape)} | ({"text": (count, *text), "text_mask": (count, text[0])} if text else {})
         return {name: jax.ShapeDtypeStruct(shapes.get(name, (count,)), kind, sharding=layout.batch) for name, kind in kinds.items()}
 
     data = built.recipe.adversary is not None or not built.distils or (built.recipe.inputs == "data" and len(built.recipe.plan.sigmas) > 1)
-    batch = rows(image=jnp.float32, label=jnp.int32) if data else {}
+    batch = rows(**captions, **({"image": jnp.float32, "label": jnp.int32} if data else {}))
     if built.recipe.regression is not None:
-        batch["pair"] = rows(index=jnp.uint32, image=jnp.float32, label=jnp.int32)
+        batch["pair"] = rows(index=jnp.uint32, image=jnp.float32, label=jnp.int32, **captions)
     teacher = built.teacher and abstract(built.teacher.params, built.teacher_shardings)
     return abstract(built.shapes, built.shardings), teacher, key, batch or None
 

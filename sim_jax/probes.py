@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sim_jax import randomness, steps
-from sim_jax.data.labels import one_hot
+from sim_jax.data.labels import condition
 from sim_jax.diffusion import noise_levels, samplers
 from sim_jax.objectives.base import diffuse
 from sim_jax.recipe import Recipe
@@ -40,15 +40,19 @@ def run_levels(section: Mapping[str, Any], num: int = 6) -> np.ndarray:
     return probe_levels(knobs.pop("name"), num, **knobs)
 
 
-def held_out(recipe: Recipe, params: Params, key: Key, count: int) -> tuple[Array, Cond, Callable[[str], Array]]:
-    """Images that no update sees, the same at every call: G(z) [count,H,W,C], its condition, and `noise(purpose)` of that shape."""
+def held_out(recipe: Recipe, params: Params, key: Key, count: int, text: Mapping[str, Array] | None = None
+             ) -> tuple[Array, Cond, Callable[[str], Array]]:
+    """Images that no update sees, the same at every call: G(z) [count,H,W,C], its condition, and `noise(purpose)` of that shape.
+
+    `text` has their captions, "text" [count,L,D] and "text_mask" [count,L]; None where the networks take none.
+    """
     network, index = recipe.generator.network, jnp.arange(count, dtype=jnp.uint32)
 
     def noise(purpose: str) -> Array:
         return recipe.layout.split(randomness.normal(randomness.sample_keys(key, purpose, index), network.image_shape))
 
     classes = recipe.labels(randomness.sample_keys(key, "probe/class", index), index)
-    cond = Cond(class_labels=one_hot(classes, network.label_dim))
+    cond = condition({"class": classes, **(text or {})}, network.label_dim)
     renoise = [noise(f"probe/renoise{k}") for k in range(1, len(recipe.plan.sigmas))]
     generator = network.bind(recipe.layout.gather(params))
     return samplers.few_step(generator, noise("probe/z"), renoise, cond, plan=recipe.plan), cond, noise
@@ -64,11 +68,11 @@ def at_levels(sigmas: np.ndarray, x0: Array, cond: Cond, noise: Callable[[str], 
     return x0, noises, NoiseLevel(t=sigma, alpha=jnp.ones_like(sigma), sigma=sigma), cond
 
 
-def make_probe(recipe: Recipe, sigmas: np.ndarray, *, count: int) -> Callable[[DistillState, Params, Key], dict[str, Array]]:
-    """`probe(state, teacher_params, key) -> scalars`, pure and to be jitted; `count` images per noise level."""
+def make_probe(recipe: Recipe, sigmas: np.ndarray, *, count: int) -> Callable[..., dict[str, Array]]:
+    """`probe(state, teacher_params, key, text=None) -> scalars`, pure and to be jitted; `count` images per noise level."""
 
-    def probe(state: DistillState, teacher_params: Params, key: Key) -> dict[str, Array]:
-        x0, noise, level, cond = at_levels(sigmas, *held_out(recipe, state.generator.params, key, count))
+    def probe(state: DistillState, teacher_params: Params, key: Key, text: Mapping[str, Array] | None = None) -> dict[str, Array]:
+        x0, noise, level, cond = at_levels(sigmas, *held_out(recipe, state.generator.params, key, count, text))
         x_t = diffuse(x0, noise, level)
         teacher, fake = steps.score_networks(recipe, state.fake_score.params, teacher_params)
         f, r = fake(x_t, level.sigma, cond), teacher(x_t, level.sigma, cond)

@@ -83,11 +83,13 @@ class Regression:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Guidance:
-    """Classifier-free guidance inside the objective: `w` = 1 is none; `interval` (sigma_lo, sigma_hi) of the teacher's."""
+    """Classifier-free guidance inside the objective: `w` = 1 is none; `interval` (sigma_lo, sigma_hi) of the teacher's; `null_text` [1,n,D]
+    of networks without a null caption of their own."""
 
     teacher: float = 1.0
     fake_score: float = 1.0
     interval: tuple[float, float] | None = None
+    null_text: Array | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,11 +7,13 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sim_jax import load, networks, objectives, optim, pairs
 from sim_jax.data import augment, labels
+from sim_jax.data.captions import Captions
 from sim_jax.diffusion import noise_levels
 from sim_jax.diffusion.samplers import FewStep
 from sim_jax.discriminator import Discriminator
@@ -21,7 +23,7 @@ from sim_jax.sharding import Layout
 
 
 def make(config: ConfigDict, objective: objectives.Objective, requirements: frozenset[str], spec: Mapping[str, Any],
-         teacher: load.Loaded | None, mesh: Mesh) -> tuple[Recipe, int, int]:
+         teacher: load.Loaded | None, mesh: Mesh, captions: Captions | None = None) -> tuple[Recipe, int, int]:
     """The recipe, without shardings, and the iterations before the generator's first turn and of the whole run.
 
     Args:
@@ -31,6 +33,7 @@ def make(config: ConfigDict, objective: objectives.Objective, requirements: froz
       spec: of the trained networks.
       teacher: None where one is trained.
       mesh: the devices.
+      captions: of training; None without text, or where only shapes matter.
     Raises: ValueError naming the key, what came and what is allowed.
     """
     distils = teacher is not None
@@ -44,7 +47,7 @@ def make(config: ConfigDict, objective: objectives.Objective, requirements: froz
         objective=objective, fake_score=fake_score, generator=generator,
         teacher=teacher_network(config, teacher) if distils else None,
         adversary=adversary(config, requirements, fake_score.network, teacher, total_steps), regression=regression_term(config, teacher),
-        guidance=guidance(config, teacher), labels=labels.make(config.labels.scheme, spec["label_dim"], histogram=histogram(config)),
+        guidance=guidance(config, teacher, captions), labels=labels.make(config.labels.scheme, spec["label_dim"], histogram=histogram(config)),
         augment=augmentation(config, fake_score.network), batch_size=config.batch_size,
         micro_batches=micro_batches(config, mesh.size, len(few_step.sigmas)), loop="python" if mesh.devices.flat[0].platform == "cpu" else "scan",
         plan=few_step, inputs=config.generator.inputs, images=config.fake_score.images,
@@ -167,17 +170,30 @@ def regression_term(config: ConfigDict, teacher: load.Loaded | None) -> Regressi
                       resolutions=tuple(spec["img_resolution"] >> level for level in levels))
 
 
-def guidance(config: ConfigDict, teacher: load.Loaded | None) -> Guidance:
+def guidance(config: ConfigDict, teacher: load.Loaded | None, captions: Captions | None) -> Guidance:
     """Raises ValueError for guidance of networks that never saw images without their class."""
     interval = tuple(config.teacher.guidance_interval)
     if interval and not (len(interval) == 2 and 0 <= interval[0] < interval[1]):
         raise ValueError(f"teacher.guidance_interval: got {interval}, allowed: (sigma_lo, sigma_hi) or ()")
     for key, w in (("teacher.guidance", config.teacher.guidance), ("fake_score.guidance", config.fake_score.guidance)):
         spec = None if teacher is None else teacher.network.spec
-        trained = spec and spec["label_dim"] and (is_analytic(spec) or spec.get("label_dropout", 1) > 0)
+        conditional = teacher is not None and (teacher.network.label_dim or teacher.network.text_dim)
+        trained = conditional and (is_analytic(spec) or spec.get("label_dropout", 1) > 0)
         if w != 1 and not trained:
-            raise ValueError(f"{key}: got {w:g}, allowed: 1, or with a class-conditional teacher trained with label dropout")
-    return Guidance(teacher=config.teacher.guidance, fake_score=config.fake_score.guidance, interval=interval or None)
+            raise ValueError(f"{key}: got {w:g}, allowed: 1, or with a class- or text-conditional teacher trained with label dropout")
+    return Guidance(teacher=config.teacher.guidance, fake_score=config.fake_score.guidance, interval=interval or None,
+                    null_text=_null_text(config, teacher, captions))
+
+
+def _null_text(config: ConfigDict, teacher: load.Loaded | None, captions: Captions | None) -> np.ndarray | None:
+    """The encoder's states of the empty prompt, for guidance of networks without a null caption of their own."""
+    guided = config.teacher.guidance != 1 or config.fake_score.guidance != 1
+    if teacher is None or not guided or not teacher.network.text_dim or teacher.network.text_tokens:
+        return None
+    if captions is not None and captions.null is None:
+        raise ValueError(f"text.path: got captions without the empty prompt ({captions.encoder}), which guidance of a network without a null "
+                         "caption needs; allowed: a directory that sim_jax.data.embed_prompts wrote")
+    return np.zeros((1, 1, teacher.network.text_dim), np.float32) if captions is None else captions.null
 
 
 def augmentation(config: ConfigDict, network: networks.Network):

@@ -45,7 +45,8 @@ class Showcase:
         self._latents = experiment.latents()
         self._view = views.make(experiment)
         diffusion = experiment.teacher_sampler()
-        kwargs = dict(latents=self._latents, layout=recipe.layout, batch_per_device=config.run.batch_per_device, finish=self._view.finish)
+        kwargs = dict(latents=self._latents, layout=recipe.layout, batch_per_device=config.run.batch_per_device, finish=self._view.finish,
+                      decode=self._view.decode)
         self._teacher = self._generator = None
         if experiment.distils:
             self._teacher = ImageSampler(recipe.teacher, diffusion, **kwargs)
@@ -63,7 +64,8 @@ class Showcase:
             size = recipe.layout.mesh.size
             self._levels = probes.run_levels(config.generator.noise)
             self._real = None if experiment.source is None else _first_images(experiment, -(-_JUDGED // size) * size)
-            self._panels = jax.jit(panels.make_panels(recipe, self._levels, count=-(-config.run.panel_images // size) * size))
+            count = -(-config.run.panel_images // size) * size
+            self._panels, self._text = jax.jit(panels.make_panels(recipe, self._levels, count=count)), experiment.fixed_text(count)
 
     def _trained(self, state: DistillState) -> tuple[ImageSampler, Params]:
         network: TrainState = state.generator if self._experiment.distils else state.fake_score
@@ -101,7 +103,7 @@ class Showcase:
         """The training panels as pictures by title; logs the gradients' scales and the discriminator's histograms at step `log_at`."""
         if self._panels is None:
             return {}
-        seen = sharding.to_host(self._panels(state, self._teacher_params, jax.random.key(_GRID_SEED), self._real))
+        seen = sharding.to_host(self._panels(state, self._teacher_params, jax.random.key(_GRID_SEED), self._real, self._text))
         if log_at is not None:
             self._writer.write(log_at, log_at * self._experiment.config.batch_size / 1000, panels.gradient_scales(seen, self._levels))
         out = {panels.TITLES[name]: picture for name, picture in panels.pictures(seen).items()}
@@ -225,6 +227,8 @@ def _first_images(experiment: Experiment, count: int) -> dict[str, Any]:
     index = np.arange(count) % len(experiment.source)
     pixels, classes = gather(experiment.source, index)
     arrays = {"image": pipeline.to_float(pixels), "label": classes}
+    if experiment.captions is not None:
+        arrays["text"], arrays["text_mask"] = experiment.captions.text(index)
     return {name: sharding.place(array, experiment.layout.batch) for name, array in arrays.items()}
 
 

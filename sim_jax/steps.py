@@ -24,8 +24,9 @@ import jax.numpy as jnp
 import optax
 
 from sim_jax import optim, randomness, rollout
-from sim_jax.data.labels import one_hot
+from sim_jax.data.labels import condition
 from sim_jax.diffusion import guidance
+from sim_jax.merging import merged
 from sim_jax.objectives import adversarial
 from sim_jax.objectives.base import Nets, sum_chw
 from sim_jax.randomness import normal
@@ -48,7 +49,8 @@ def score_networks(recipe: Recipe, fake_params: Params, teacher_params: Params) 
     w = recipe.guidance
     teacher = recipe.teacher.bind(recipe.layout.gather(teacher_params))
     fake = recipe.fake_score.network.bind(recipe.layout.gather(fake_params))
-    return guidance.classifier_free(teacher, w=w.teacher, interval=w.interval), guidance.classifier_free(fake, w=w.fake_score)
+    return (guidance.classifier_free(teacher, w=w.teacher, interval=w.interval, null_text=w.null_text),
+            guidance.classifier_free(fake, w=w.fake_score, null_text=w.null_text))
 
 
 def discriminator(recipe: Recipe, fake_params: Params, teacher_params: Params, heads: Params) -> Callable[..., Array] | None:
@@ -65,7 +67,7 @@ def generate(recipe: Recipe, params: Params, key: Key, step: Array, turn: str, p
     Args:
       params: the generator's, whole.
       turn: whose draws: "critic" or "generator".
-      part: "index" [B], and "image", "class" of real images where the generator is fed noised ones.
+      part: "index" [B], the captions' "text" and "text_mask", and "image", "class" of real images where the generator is fed noised ones.
     """
     role, index, plan = recipe.generator, part["index"], recipe.plan
     split, shape = recipe.layout.split, recipe.image_shape
@@ -77,7 +79,7 @@ def generate(recipe: Recipe, params: Params, key: Key, step: Array, turn: str, p
         classes = jnp.where(rollout.is_first(index, plan), classes, part["class"])
     elif len(plan.sigmas) > 1:
         renoise = [split(normal(sample_keys(key, step, f"{turn}/renoise{k}", index), shape)) for k in range(1, len(plan.sigmas))]
-    cond = Cond(class_labels=one_hot(classes, recipe.label_dim))
+    cond = condition({**part, "class": classes}, recipe.label_dim)
     dropout_keys = _dropout_keys(role, key, step, "generator/dropout" if turn == "generator" else f"{turn}/generator_dropout", index)
     return rollout.generate(role.network, params, z, renoise, cond, plan=plan, images=images, dropout_keys=dropout_keys), cond
 
@@ -162,6 +164,8 @@ def _rows(recipe: Recipe, batch: Mapping[str, Any] | None) -> dict[str, Any]:
     rows = {"index": recipe.layout.split(jnp.arange(recipe.batch_size, dtype=jnp.uint32))}
     if batch is not None and "image" in batch:
         rows |= {"image": batch["image"], "class": batch["label"]}
+    if batch is not None and "text" in batch:
+        rows |= {"text": batch["text"], "text_mask": batch["text_mask"]}
     return rows if batch is None or "pair" not in batch else {**rows, "pair": batch["pair"]}
 
 
@@ -180,7 +184,7 @@ def critic_update(recipe: Recipe, state: DistillState, teacher_params: Params | 
     def loss(params, part):
         index = part["index"]
         if recipe.generator is None:
-            x0, cond = part["image"], Cond(class_labels=one_hot(part["class"], recipe.label_dim))
+            x0, cond = part["image"], condition(part, recipe.label_dim)
         else:
             x0, cond = jax.lax.stop_gradient(generate(recipe, generator, key, step, turn, part))
         noised, scored_cond = x0, cond
@@ -188,19 +192,25 @@ def critic_update(recipe: Recipe, state: DistillState, teacher_params: Params | 
             noised, augment_labels = recipe.augment(sample_keys(key, step, "critic/augment", index), x0)
             scored_cond = cond._replace(augment_labels=augment_labels)
         scored = draw_noise(recipe, role.noise, key, step, "critic", index)
-        fake = role.network.bind(params["fake_score"], dropout_keys=_dropout_keys(role, key, step, "critic/dropout", index))
-        value, metrics = critic_loss(Nets(fake=fake), noised, *scored, scored_cond)
-        if gan is None:
-            return value, metrics
-        discriminate = discriminator(recipe, params["fake_score"], teacher_params, params["discriminator"])
-        fake_noise, real_noise = (_judged_noise(recipe, scored, role.noise, key, step, "critic", index, real=real)
-                                  for real in (False, True))
-        real_cond = Cond(class_labels=one_hot(part["class"], recipe.label_dim))
-        gan_value, gan_metrics = adversarial.discriminator_loss(
-            discriminate, x0, part["image"], fake_noise[0], real_noise[0], fake_noise[1], real_noise[1], cond, real_cond, clamp=gan.clamp)
-        weight = gan.critic_weight if gan.critic_weighting is None else gan.critic_weight * gan.critic_weighting(fake_noise[1].sigma)
-        return value + weight * gan_value, {**metrics, "denoising_loss": value, "discriminator/loss": gan_value,
-                                                       **{f"discriminator/{name}": v for name, v in gan_metrics.items()}}
+        dropout_keys = _dropout_keys(role, key, step, "critic/dropout", index)
+
+        def judge(params):
+            fake = role.network.bind(params["fake_score"], dropout_keys=dropout_keys)
+            value, metrics = critic_loss(Nets(fake=fake), noised, *scored, scored_cond)
+            if gan is None:
+                return value, metrics
+            discriminate = discriminator(recipe, params["fake_score"], teacher_params, params["discriminator"])
+            (fake_noise, fake_level), (real_noise, real_level) = (
+                _judged_noise(recipe, scored, role.noise, key, step, "critic", index, real=real) for real in (False, True))
+            term, term_metrics = adversarial.discriminator_loss(
+                discriminate, x0, part["image"], fake_noise, real_noise, fake_level, real_level, cond, condition(part, recipe.label_dim),
+                clamp=gan.clamp)
+            weight = gan.critic_weight if gan.critic_weighting is None else gan.critic_weight * gan.critic_weighting(fake_level.sigma)
+            return value + weight * term, {**metrics, "denoising_loss": value, "discriminator/loss": term,
+                                           **{f"discriminator/{name}": v for name, v in term_metrics.items()}}
+
+        # The heads may read the fake score where its own loss does: one network then, with one backward pass.
+        return (merged if gan is not None and gan.pairing != "own" and gan.features == "fake_score" else lambda fn: fn)(judge)(params)
 
     roles = {"fake_score": role} | ({} if gan is None else {"discriminator": gan.role})
     states = {name: getattr(state, name) for name in roles}
@@ -237,6 +247,7 @@ def generator_update(recipe: Recipe, state: DistillState, teacher_params: Params
     teacher, fake = score_networks(recipe, state.fake_score.params, teacher_params)
     discriminate = gan and discriminator(recipe, *(gather(p) for p in (state.fake_score.params, teacher_params, state.discriminator.params)))
     nets = Nets(teacher=teacher, fake=fake, discriminate=discriminate, memory=state.objective_state)
+    once = merged if gan is not None and gan.pairing != "own" else lambda term: term  # logits and scores at the same x_t
     adversarial_weight = 0.0
     if gan is not None and gan.weight:
         begun = state.generator.step.astype(jnp.float32) * recipe.batch_size >= gan.start_images
@@ -246,12 +257,12 @@ def generator_update(recipe: Recipe, state: DistillState, teacher_params: Params
         index = part["index"]
         x0, cond = generate(recipe, params["generator"], key, step, "generator", part)
         scored = draw_noise(recipe, role.noise, key, step, "generator", index)
-        value, metrics, gradient = image_gradient(lambda x: recipe.objective.pair_loss(nets, x, *scored, cond), x0)
+        value, metrics, gradient = image_gradient(once(lambda x: recipe.objective.pair_loss(nets, x, *scored, cond)), x0)
         metrics = {**metrics, "image_gradient": _length(gradient)}
         if gan is not None and gan.weight:
             judged = _judged_noise(recipe, scored, role.noise, key, step, "generator", index, real=False)
             term, term_metrics, pull = image_gradient(
-                lambda x: adversarial.generator_loss(discriminate, x, *judged, cond, clamp=gan.clamp), x0)
+                once(lambda x: adversarial.generator_loss(discriminate, x, *judged, cond, clamp=gan.clamp)), x0)
             metrics |= {"gan_loss": term, "gan_image_gradient": _length(adversarial_weight * pull),
                         **{f"gan_{name}": v for name, v in term_metrics.items()}}
             value, gradient = value + adversarial_weight * term, gradient + adversarial_weight * pull
@@ -275,7 +286,7 @@ def generator_update(recipe: Recipe, state: DistillState, teacher_params: Params
 
 def _regression(recipe: Recipe, params: Params, teacher_params: Params, pair: Mapping[str, Array]) -> tuple[Array, Metrics]:
     """The generator's one-step images of the pairs' noise against the teacher's samples from it."""
-    cond = Cond(class_labels=one_hot(pair["label"], recipe.label_dim))
+    cond = condition({**pair, "class": pair["label"]}, recipe.label_dim)
     z = recipe.layout.split(recipe.regression.noise(pair["index"]))
     told = jnp.full(z.shape[:1], recipe.plan.told(0), z.dtype)
     x0 = recipe.generator.network.bind(params)(recipe.plan.sigmas[0] * z, told, cond)
@@ -294,7 +305,7 @@ def train_step(recipe: Recipe, state: DistillState, teacher_params: Params | Non
       teacher_params: not donated, constant.
       key: the run's key; the iteration's keys are folded from it and `state.step`.
       batch: {"image": [B,H,W,C] in [-1, 1], "label": [B] int32} where the method needs data, {"pair": {"index", "image", "label"}} where
-        it needs the teacher's pairs.
+        it needs the teacher's pairs, and {"text": [B,L,D], "text_mask": [B,L]}, captions of the images and of what is generated.
       update_critic, update_generator: static; which of the two move.
     Returns: the next state and scalar metrics, named "role/name".
     """

@@ -147,10 +147,11 @@ class _Run:
         experiment, bar, checkpoints, signals = self.experiment, self.bar, self.checkpoints, self.signals
         config, recipe, every, total = experiment.config, experiment.recipe, experiment.config.run, experiment.total_steps
         key, probe_key, replicated = jax.random.key(config.seed), jax.random.key(config.seed + 1), recipe.layout.replicated
-        probe_fn = None
+        probe_fn = probe_text = None
         if experiment.distils:
             levels = probes.run_levels(config.generator.noise)
             probe_fn = jax.jit(probes.make_probe(recipe, levels, count=_probe_count(experiment)), out_shardings=replicated)
+            probe_text = experiment.fixed_text(_probe_count(experiment))
         monitor = health.Monitor(config.batch_size, jax.jit(health.parts, out_shardings=replicated), teacher_params, checkpoints.settled)
         scale = pace.argument(replicated)
         block = jax.default_backend() == "cpu"  # programs that queue up on fake devices deadlock
@@ -187,7 +188,7 @@ class _Run:
                 figures = dict(metrics) | {"images_per_second": clock.images_per_second(), "seconds": clock.seconds} | pace.figures
                 if probe_fn is not None and (done % every.probe_every == 0 or done == total):
                     with clock.pause():
-                        probed = probe_fn(state, teacher_params, probe_key)
+                        probed = probe_fn(state, teacher_params, probe_key, probe_text)
                         figures |= jax.block_until_ready(probed) if block else probed
                 monitor.line()  # one line late, so that the host never waits for the step it has just dispatched
                 writer.write(done, kimg, {name: value for name, value in figures.items() if value is not None})
@@ -228,7 +229,7 @@ def draw_pairs(experiment: Experiment, workdir: pathlib.Path, teacher_params, ba
     """The teacher's pairs of a regression term, None without one."""
     if experiment.recipe.regression is None:
         return None
-    config, latents = experiment.config, experiment.latents()
+    config, latents = experiment.config, dataclasses.replace(experiment.latents(), captions=experiment.captions)
     bar.note(f"{config.regression.num_pairs} pairs of the teacher: {workdir / pairs.FILE_NAME}")
     return pairs.open_pairs(workdir, count=config.regression.num_pairs, seed=config.seed, network=experiment.recipe.teacher,
                             params=teacher_params, spec=experiment.teacher_sampler(), latents=latents, layout=experiment.layout,
@@ -236,20 +237,20 @@ def draw_pairs(experiment: Experiment, workdir: pathlib.Path, teacher_params, ba
 
 
 def make_batches(experiment: Experiment, first: int, drawn: dict[str, np.ndarray] | None) -> Iterator[dict[str, Any] | None]:
-    """Global device arrays from this process's share of each batch; None for ever in a data-free run."""
+    """Global device arrays from this process's share of each batch; None for ever in a run without images, captions and pairs."""
     config, layout = experiment.config, experiment.layout
     rows = sharding.local_rows(layout.batch, config.batch_size)
     where = dict(seed=config.seed, batch_size=config.batch_size, start_step=first, rows=rows)
     images = pair_batches = itertools.repeat(None)
-    if experiment.source is not None:
-        images = pipeline.make_batches(experiment.source, **where, num_threads=config.run.data_threads)
+    if experiment.source is not None or experiment.captions is not None:
+        images = pipeline.make_batches(experiment.source, **where, num_threads=config.run.data_threads, captions=experiment.captions)
     if drawn is not None:
-        pair_batches = pairs.batches(drawn, **where)
+        pair_batches = pairs.batches(drawn, **where, captions=experiment.captions)
 
     def place(batch):
-        return {name: sharding.from_rows(rows, batch[name], layout.batch, config.batch_size) for name in ("index", "image", "label")
-                if name in batch}
+        return {name: sharding.from_rows(rows, batch[name], layout.batch, config.batch_size)
+                for name in ("index", "image", "label", "text", "text_mask") if name in batch}
 
     for batch, pair in zip(images, pair_batches):
-        given = ({} if batch is None else place({"image": batch["image"], "label": batch["label"]}))
+        given = {} if batch is None else place({name: value for name, value in batch.items() if name != "index"})
         yield (given | ({} if pair is None else {"pair": place(pair)})) or None

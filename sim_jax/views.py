@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from sim_jax import images
+from sim_jax import images, load
 from sim_jax import metrics as metric_files
 from sim_jax.evals import figures, points, runner
 from sim_jax.evals.generate import ImageSampler
@@ -41,6 +41,7 @@ class View:
       statistics: (samples, reference samples or None) -> figures by name, for every picture.
       headline: the names of the figures that a run is judged by, the first one most.
       measure: (sampler, its parameters) -> Measured; None where there is nothing to measure in.
+      decode: latents float32 [B,h,w,c] of a network -> images float32 [B,H,W,C]; None where they are images.
     """
 
     finish: Callable[[np.ndarray], np.ndarray]
@@ -49,6 +50,7 @@ class View:
     statistics: Callable[..., dict[str, float]]
     headline: tuple[str, ...]
     measure: Callable[[ImageSampler, Params], Measured] | None
+    decode: Callable[[np.ndarray], np.ndarray] | None = None
 
 
 def make(experiment: Experiment) -> View:
@@ -68,13 +70,16 @@ def columns(config) -> int:
 
 def _images(experiment: Experiment) -> View:
     config, network, layout = experiment.config, experiment.trained.network, experiment.layout
-    run = config.run
+    run, shape, decode = config.run, network.image_shape, None
+    if run.autoencoder:
+        shape = load.decoded_shape(run.autoencoder, network.spec, key="run.autoencoder")
+        decode = load.open_decoder(run.autoencoder, network.spec, layout=layout, key="run.autoencoder")
     metrics = tuple(name for name in figures.parse(run.metrics) if network.label_dim or name != "class")
 
     @functools.cache
     def opened() -> runner.Measure:
         reference = run.reference or ("digits" if run.features == "digits" else config.data.path)
-        return runner.open_measure(features=run.features, metrics=metrics, reference=reference, layout=layout, image_shape=network.image_shape)
+        return runner.open_measure(features=run.features, metrics=metrics, reference=reference, layout=layout, image_shape=shape)
 
     def measure(sampler: ImageSampler, params: Params) -> Measured:
         result = opened().samples(sampler, params, seed=EVAL_SEED, count=run.eval_images, batch=run.batch_per_device * layout.mesh.size)
@@ -87,7 +92,8 @@ def _images(experiment: Experiment) -> View:
         return picture[: (picture.shape[0] - 1) // -(-count // columns(config)) + 1]
 
     headline = ("fd", "class_agreement") if network.label_dim else ("fd",)
-    return View(finish=images.to_uint8, picture=lambda pixels: images.grid(pixels, columns=columns(config), scale=None), strip=first_row,
+    return View(finish=lambda pixels: images.to_uint8(images.presentable(pixels)), decode=decode, strip=first_row,
+                picture=lambda pixels: images.grid(pixels, columns=columns(config), scale=None),
                 statistics=metric_files.image_statistics, headline=headline,
                 measure=measure if run.features != "none" and run.eval_images else None)
 

@@ -170,23 +170,16 @@ def ratio(made: recipe.Recipe, **turns) -> float:
     return compiled(made, **turns).cost_analysis()["flops"] / model
 
 
-@pytest.mark.parametrize("method", ["sim", "dmd2", "dsm"])
+@pytest.mark.parametrize("method", ["sim", "dmd2", "sida", "dsm"])
 def test_no_step_computes_twice(method):
     """The MLP is 512 wide so that what is no product stays below the tolerance; a forward pass too many would be 9%."""
     assert 0.97 < ratio(make_recipe(method, **METHODS[method])) < 1.02
 
 
-# What is the same in two losses is left to the compiler to find, and it finds part of it: behind the first norm, a forward pass that is
-# differentiated and one that is not are no longer the same program to it. Ratios measured here: shared images 1.03 to 1.06; f_distill 1.03;
-# sida and uni, whose discriminator reads the fake score's own encoder at the same x_t in a pass by itself, 1.21.
-MERGED = pytest.mark.xfail(strict=True, reason="a forward pass that two losses share is partly computed twice")
-CASES = [pytest.param(method, images, marks=MERGED if images == "shared" or method in ("f_distill", "sida", "uni") else ())
-         for method in METHODS for images in ("fresh", "shared") if (method, images) != ("dsm", "shared")]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("method, images", CASES)
+@pytest.mark.parametrize("method, images", [(m, images) for m in METHODS for images in recipe.IMAGES if (m, images) != ("dsm", "shared")])
 def test_no_step_of_any_objective_computes_twice(method, images):
+    """What two losses share is computed once: the generator's images, and networks that a score and a discriminator read at one x_t."""
     made = make_recipe(method, **METHODS[method])
     assert 0.97 < ratio(dataclasses.replace(made, images=images)) < 1.02
 

@@ -52,6 +52,7 @@ ALLOWED = {
     "optim": {"types"},
     "sharding": {"types"},
     "programs": set(),
+    "merging": set(),
     "devices": set(),
     "topologies": {"devices"},
     "cost": {"types", "diffusion", "recipe", "objectives.base", "objectives.regression"},
@@ -80,21 +81,24 @@ ALLOWED = {
     "weights": LEAVES | {"networks", "checkpoint", "convert"},
     "evals": LEAVES | {"data", "models", "diffusion", "networks", "sharding", "images", "randomness"},
     "load": LEAVES | {"autoencoder", "checkpoint", "networks", "optim", "sharding", "weights", "data", "evals", "diffusion"},
-    "steps": {"types", "state", "optim", "recipe", "rollout", "randomness", "data", "diffusion", "objectives.base", "objectives.adversarial"},
+    "steps": {"types", "state", "merging", "optim", "recipe", "rollout", "randomness", "data", "diffusion", "objectives.base",
+              "objectives.adversarial"},
     "inspection": {"saved", "step_folders"},
     "gallery": {"types", "images", "load", "saved", "evals"},
     "probes": {"types", "state", "steps", "recipe", "data", "diffusion", "randomness", "objectives.base"},
     "panels": {"types", "state", "steps", "probes", "recipe", "data", "images", "objectives.base", "objectives.adversarial"},
 }
 ENTRY_POINTS = {"main", "train", "analytic", "sample", "export", "evaluate", "plan", "benchmark", "table",
-                "evals.train_classifier", "convert.__main__"}
+                "evals.train_classifier", "convert.__main__", "data.embed_prompts"}
 # what these may import beyond ALLOWED: everything but entry points
 SEE_EVERYTHING = ENTRY_POINTS | {"experiment", "recipes", "showcase", "views", "__init__", "workdirs", "init_from", "planning", "plan_table"}
 MAY_IMPORT_ENTRY = {"main": {"train"}, "table": {"train"}, "planning": {"train"}, "benchmark": {"train"}}
 # outside packages that belong to certain rooms
 THIRD_PARTY = {
     "flax.linen": {"models"},
-    "torch": {"convert.torch_state"},
+    "torch": {"convert.torch_state", "data.encoders", "evals.text_metrics"},
+    "transformers": {"data.encoders", "evals.text_metrics"},
+    "array_record": {"data.embedded"},
     "ml_collections": ENTRY_POINTS | {"planning", "experiment", "recipes", "config_file", "networks"},
     "absl": ENTRY_POINTS | {"distributed", "config_file"},
     "tensorflow_datasets": {"data"},

@@ -13,6 +13,7 @@ KNOBS = {
     "karras": {"u_min": 0.1, "u_max": 0.9},
     "uniform": {"sigma_min": 0.02, "sigma_max": 100.0, "space": "log_sigma"},
     "grid": {"M": 200, "i_min": 3, "i_max": 151},
+    "ddpm": {"M": 300, "i_min": 20, "i_max": 280},
 }
 
 
@@ -122,13 +123,14 @@ def test_log_normal_outer_edges():
 @pytest.mark.parametrize(
     "name, knobs, words",
     [
-        ("lognormal", {}, ["noise_level: got 'lognormal'", "log_normal, karras, uniform, grid"]),
+        ("lognormal", {}, ["noise_level: got 'lognormal'", "log_normal, karras, uniform, grid, ddpm"]),
         ("karras", {"tmax": 0.8}, ["noise_level 'karras'", "'tmax'", "u_min, u_max, sigma_min"]),
         ("karras", {"u_max": 1.5}, ["u_min, u_max: got 0.0, 1.5"]),
         ("karras", {"sigma_min": 0.0}, ["sigma_min, sigma_max: got 0.0"]),
         ("karras", {"rho": 0.0}, ["rho: got 0.0"]),
         ("log_normal", {"P_std": 0.0}, ["P_std: got 0.0"]),
         ("uniform", {"space": "log"}, ["space: got 'log'", "sigma, log_sigma"]),
+        ("ddpm", {"i_min": 7, "i_max": 7}, ["i_min, i_max: got 7, 7", "M = 1000"]),
         ("grid", {"i_max": 1001}, ["i_min, i_max: got 20, 1001", "M = 1000"]),
     ],
 )

@@ -29,7 +29,7 @@ def load(data, prefix):
     """(apply(params, x, sigma, cond), params) of the network under `prefix`."""
     state = {k.removeprefix(prefix): v.astype(np.float32) for k, v in data.items() if k.startswith(prefix)}
     denoise, params = edm.load_state(state, CONFIG)
-    return lambda params, x, sigma, cond: denoise(params, x, sigma, *cond), params
+    return lambda params, x, sigma, cond: denoise(params, x, sigma, cond.class_labels, cond.augment_labels), params
 
 
 def inputs(data, sigma):

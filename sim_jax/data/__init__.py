@@ -1,15 +1,16 @@
-"""Where images come from: the embedded digits, EDM's zip or folder layout, TFDS, or nowhere at all."""
+"""Where images come from: the embedded digits, drawn scenes, EDM's zip or folder layout, TFDS, or nowhere at all."""
 
 from __future__ import annotations
 
 import inspect
 
-from sim_jax.data import digits, images, tfds
+from sim_jax.data import digits, images, scenes, tfds
 from sim_jax.data.source import Source
 
 SOURCES = {
     "digits": digits.load,
     "images": images.open_images,
+    "scenes": scenes.load,
     "tfds": tfds.open_tfds,
 }
 
@@ -18,8 +19,8 @@ def make_source(name: str, /, **knobs) -> Source | None:
     """Opens a data set by name; "none" (a data-free run) gives None.
 
     Args:
-      name: "digits", "images", "tfds" or "none".
-      **knobs: the arguments of `digits.load`, `images.open_images` or `tfds.open_tfds`; "none" takes none.
+      name: "digits", "images", "scenes", "tfds" or "none".
+      **knobs: the arguments of `digits.load`, `images.open_images`, `scenes.load` or `tfds.open_tfds`; "none" takes none.
 
     Raises:
       ValueError: an unknown name, an unknown or missing knob, or what the source itself refuses.

@@ -6,13 +6,13 @@ batch is split over devices, and a resumed run draws the same ones.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sim_jax.types import Array, Key
+from sim_jax.types import Array, Cond, Key
 
 SCHEMES = ("uniform", "balanced", "histogram", "none")
 
@@ -68,6 +68,11 @@ def make(scheme: str, label_dim: int, *, histogram: Sequence[float] | None = Non
 def one_hot(labels: Array, label_dim: int) -> Array | None:
     """One-hot float32 [B, label_dim] of int labels [B]; None for unconditional networks (label_dim = 0)."""
     return jax.nn.one_hot(labels, label_dim, dtype=jnp.float32) if label_dim else None
+
+
+def condition(rows: Mapping[str, Array], label_dim: int) -> Cond:
+    """What samples are conditioned on: "class" int [B] as one-hot labels and, where `rows` has captions, "text" [B,L,D] under "text_mask" [B,L]."""
+    return Cond(class_labels=one_hot(rows["class"], label_dim), text=rows.get("text"), text_mask=rows.get("text_mask"))
 
 
 def check_labels(labels: Sequence[int] | np.ndarray, label_dim: int) -> np.ndarray:

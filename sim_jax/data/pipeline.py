@@ -16,6 +16,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from sim_jax.data.captions import Captions
 from sim_jax.data.source import Source, gather
 
 _ENDLESS = 1 << 62
@@ -59,17 +60,20 @@ def to_float(images: np.ndarray) -> np.ndarray:
 class Batches:
     """`batches[t]` is this process's part of step t's batch, a pure function of t; see `make_batches`."""
 
-    source: Source
+    source: Source | None
     seed: int
     batch_size: int
     process_index: int = 0
     process_count: int = 1
     shuffle: bool = True
     rows: np.ndarray | None = None
+    captions: Captions | None = None
 
     def __post_init__(self):
-        if len(self.source) == 0:
+        if self._size == 0:
             raise ValueError("data: got a source without images, allowed: at least one image")
+        if self.source is not None and self.captions is not None and len(self.captions) != len(self.source):
+            raise ValueError(f"text.path: got {len(self.captions)} captions, allowed: {len(self.source)}, one for each image")
         if not 0 <= self.seed < 1 << 64:
             raise ValueError(f"seed: got {self.seed}, allowed: 0 to 2^64 - 1")
         if self.process_count < 1 or not 0 <= self.process_index < self.process_count:
@@ -88,20 +92,29 @@ class Batches:
         local = self.batch_size // self.process_count
         return np.arange(local, dtype=np.int64) + self.process_index * local if self.rows is None else np.asarray(self.rows, np.int64)
 
+    @property
+    def _size(self) -> int:
+        return len(self.captions if self.source is None else self.source)
+
     def __getitem__(self, step: int) -> dict[str, np.ndarray]:
         index = step * self.batch_size + self.local_rows
-        images, labels = gather(self.source, image_order(index, size=len(self.source), seed=self.seed,
-                                                         shuffle=self.shuffle))
-        return {"image": to_float(images), "label": labels, "index": index}
+        chosen = image_order(index, size=self._size, seed=self.seed, shuffle=self.shuffle)
+        batch = {"index": index}
+        if self.source is not None:
+            images, labels = gather(self.source, chosen)
+            batch = {"image": to_float(images), "label": labels, **batch}
+        if self.captions is not None:
+            batch["text"], batch["text_mask"] = self.captions.text(chosen)
+        return batch
 
 
-def make_batches(source: Source, *, seed: int, batch_size: int, start_step: int = 0, process_index: int = 0,
-                 process_count: int = 1, num_threads: int = 2, shuffle: bool = True, rows: np.ndarray | None = None
-                 ) -> Iterator[dict]:
+def make_batches(source: Source | None, *, seed: int, batch_size: int, start_step: int = 0, process_index: int = 0,
+                 process_count: int = 1, num_threads: int = 2, shuffle: bool = True, rows: np.ndarray | None = None,
+                 captions: Captions | None = None) -> Iterator[dict]:
     """An endless iterator over this process's batches, read ahead by threads.
 
     Args:
-      source: any source of this package; one in memory (digits, a cached zip) is gathered by fancy indexing.
+      source: any source of this package; one in memory (digits, a cached zip) is gathered by fancy indexing. None: captions alone.
       seed: of the order.
       batch_size: B, over all processes.
       start_step: the first step to yield.
@@ -109,10 +122,12 @@ def make_batches(source: Source, *, seed: int, batch_size: int, start_step: int 
       num_threads: how many batches are prepared at a time; 0 prepares each when it is asked for.
       shuffle: a new permutation every epoch, else the source's own order.
       rows: int [b], the rows of the global batch that this process holds; None for p b ... p b + b - 1.
+      captions: of the images, or where there is no source what the order is over.
 
     Returns:
       an iterator of {"image": float32 [b,H,W,C] in [-1, 1], "label": int32 [b], "index": int64 [b]}, where
-      index is the global sample index g and the rows are those of the global batch that `rows` says, in that order;
+      index is the global sample index g and the rows are those of the global batch that `rows` says, in that order, and with captions
+      "text" [b,L,D] and "text_mask" bool [b,L];
       the iterator has `close()`.
 
     Raises:
@@ -124,7 +139,7 @@ def make_batches(source: Source, *, seed: int, batch_size: int, start_step: int 
         raise ValueError(f"start_step: got {start_step}, allowed: 0 and above")
     if num_threads < 0:
         raise ValueError(f"num_threads: got {num_threads}, allowed: 0 and above")
-    batches = Batches(source, seed, batch_size, process_index, process_count, shuffle, rows)
+    batches = Batches(source, seed, batch_size, process_index, process_count, shuffle, rows, captions)
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * num_threads)
     iterator = iter(grain.MapDataset.source(batches).to_iter_dataset(options))
     iterator.set_state({"next_index": start_step})

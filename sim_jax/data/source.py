@@ -12,10 +12,14 @@ from typing import Protocol
 
 import numpy as np
 
+from sim_jax.data.captions import Captions
+
 CACHE_BYTES = 1 << 30   # data sets of at most 1 GiB, decoded, are kept in memory: CIFAR-10 takes 0.15
 
 
 class Source(Protocol):
+    """Sources whose images have captions also have `captions` (see captions.py), caption i of image i."""
+
     resolution: int
     channels: int
     num_classes: int
@@ -27,11 +31,12 @@ class Source(Protocol):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ArraySource:
-    """A source held in memory: images uint8 [N,R,R,C], labels int32 [N] in [0, num_classes)."""
+    """A source held in memory: images uint8 [N,R,R,C], labels int32 [N] in [0, num_classes), and captions, one each."""
 
     images: np.ndarray
     labels: np.ndarray
     num_classes: int
+    captions: Captions | None = None
 
     def __post_init__(self):
         shape, dtype = self.images.shape, self.images.dtype
@@ -40,6 +45,8 @@ class ArraySource:
         if self.labels.shape != shape[:1] or self.labels.dtype != np.int32:
             raise ValueError(f"labels: got {self.labels.dtype} {self.labels.shape}, "
                              f"allowed: int32 ({shape[0]},)")
+        if self.captions is not None and len(self.captions) != shape[0]:
+            raise ValueError(f"captions: got {len(self.captions)}, allowed: {shape[0]}, one for each image")
 
     resolution = property(lambda self: self.images.shape[1])
     channels = property(lambda self: self.images.shape[3])

@@ -6,6 +6,7 @@
   uniform     sigma (space "sigma") or ln sigma (space "log_sigma") uniform in [sigma_min, sigma_max)
   grid        uniform over the entries i_min <= i < i_max of the Karras grid of M points, small first; DMD2
               (arXiv 2405.14867) draws i in [20, 981) of 1000 for the generator, [0, 1000) for the fake score
+  ddpm        uniform over the levels i_min <= i < i_max of DDPM's M with linear betas, small first: what latent diffusion is trained at
 
 Each has a quantile function of a u in [0, 1): the sampler is that function of a uniform draw (log_normal:
 the exponential of a normal draw), so given draws give given levels. Host numbers stay float64 on the
@@ -23,6 +24,7 @@ import jax.scipy.special
 import numpy as np
 import scipy.special
 
+from sim_jax.diffusion import schedules
 from sim_jax.diffusion.tables import choose, namespace
 from sim_jax.types import Array, Key, NoiseLevel
 
@@ -85,10 +87,19 @@ def grid_quantile(
     """sigma at probability u: entry i_min + floor(u (i_max - i_min)) of the Karras grid (u = 1: the last)."""
     if not 0 <= i_min < i_max <= M:
         raise ValueError(f"i_min, i_max: got {i_min}, {i_max}, allowed: 0 <= i_min < i_max <= M = {M}")
-    levels = karras_grid(M, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)[i_min:i_max]
+    return _entry(u, karras_grid(M, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)[i_min:i_max])
+
+
+def ddpm_quantile(u: Array, *, M: int = 1000, i_min: int = 0, i_max: int = 1000) -> Array:
+    """sigma / alpha at probability u: entry i_min + floor(u (i_max - i_min)) of the M levels (u = 1: the last)."""
+    if not 0 <= i_min < i_max <= M:
+        raise ValueError(f"i_min, i_max: got {i_min}, {i_max}, allowed: 0 <= i_min < i_max <= M = {M}")
+    return _entry(u, schedules.ddpm(M=M).table[i_min:i_max])
+
+
+def _entry(u: Array, levels: np.ndarray) -> Array:
     xp = namespace(u)
-    index = xp.minimum(xp.floor(u * len(levels)), len(levels) - 1).astype(np.int32)
-    return xp.asarray(levels)[index]
+    return xp.asarray(levels)[xp.minimum(xp.floor(u * len(levels)), len(levels) - 1).astype(np.int32)]
 
 
 def karras_grid(n: int, *, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> np.ndarray:
@@ -117,6 +128,7 @@ TABLE = {
     "karras": Distribution(karras_quantile, karras_quantile, jax.random.uniform),
     "uniform": Distribution(uniform_quantile, uniform_quantile, jax.random.uniform),
     "grid": Distribution(grid_quantile, grid_quantile, jax.random.uniform),
+    "ddpm": Distribution(ddpm_quantile, ddpm_quantile, jax.random.uniform),
 }
 
 

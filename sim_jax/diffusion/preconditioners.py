@@ -54,7 +54,8 @@ def edm(*, sigma_min: float = 0.0, sigma_max: float = float("inf"), sigma_data: 
 
     def coefficients(sigma: Array) -> Coefficients:
         total = sigma**2 + sigma_data**2
-        return Coefficients(sigma_data**2 / total, sigma * sigma_data / jnp.sqrt(total), 1 / jnp.sqrt(total), jnp.log(sigma) / 4)
+        c_in = jnp.power(total, -0.5)  # once: 1 / sqrt and 1 / sqrt times something are different programs to a compiler
+        return Coefficients(sigma_data**2 / total, sigma * sigma_data * c_in, c_in, jnp.log(sigma) / 4)
 
     return Preconditioner(coefficients=coefficients, sigma_min=sigma_min, sigma_max=sigma_max)
 

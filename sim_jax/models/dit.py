@@ -39,6 +39,7 @@ class DiT(nn.Module):
       label_dim: number of classes.
       patch_size: side of a token.
       hidden_size, depth, num_heads, mlp_ratio: channels of a token, blocks, heads, and the hidden layer's width over the token's.
+      scaling_factor: of the autoencoder whose latents it denoises; without effect here.
       label_dropout: probability of "no label", in effect where `dropout_keys` is given.
       dtype: what tokens are computed in.
       remat: what each block keeps for the backward pass, of `memory.POLICIES`.
@@ -53,6 +54,7 @@ class DiT(nn.Module):
     depth: int = 28
     num_heads: int = 16
     mlp_ratio: float = 4.0
+    scaling_factor: float = 0.18215
     label_dropout: float = 0.1
     dtype: jnp.dtype = jnp.float32
     remat: str = "none"

@@ -168,6 +168,12 @@ class Conv2d(nn.Module):
         return x
 
 
+def inverse_sqrt(x: Array) -> Array:
+    """1 / sqrt(x). XLA makes an rsqrt of this, but written as `lax.rsqrt`, whose derivative divides by x, a network that one loss
+    differentiates and another one does not is no longer one program to it, and all behind the first norm is computed twice."""
+    return jnp.power(x, -0.5)
+
+
 class GroupNorm(nn.Module):
     """Group normalisation of [B,H,W,C] with at least four channels a group; statistics in float32, output in `dtype`."""
 
@@ -193,7 +199,7 @@ class GroupNorm(nn.Module):
             return jnp.repeat(per_group, c // groups, axis=1)[:, None, None]
 
         centred = x - group_mean(x)
-        scale = jax.lax.rsqrt(group_mean(jnp.square(centred)) + self.eps) * weight[None, None, None]
+        scale = inverse_sqrt(group_mean(jnp.square(centred)) + self.eps) * weight[None, None, None]
         return (centred * scale + bias[None, None, None]).astype(self.dtype)
 
 

@@ -9,7 +9,6 @@ modulated by them as the transformer's of DiT (Peebles and Xie 2022, arXiv 2212.
 from __future__ import annotations
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -103,7 +102,7 @@ def _norm(h: Array) -> Array:
     """Zero mean and variance one over the channels, statistics in float32."""
     x = h.astype(jnp.float32)
     x = x - jnp.mean(x, axis=-1, keepdims=True)
-    return (x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + _EPS)).astype(h.dtype)
+    return (x * layers.inverse_sqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + _EPS)).astype(h.dtype)
 
 
 def _encode(net: MLP, x: Array, emb: Array, keys: Key | None) -> Array:

@@ -38,6 +38,7 @@ class PixArt(nn.Module):
       interpolation_scale: of the positions (`transformer.positions`); 2 for 1024 pixels.
       micro_conditions: whether the image's size is a condition.
       pixels_per_latent: what sizes are multiplied by for it.
+      scaling_factor: of the autoencoder whose latents it denoises; without effect here.
       label_dropout: probability that the null caption replaces a caption, in effect where `dropout_keys` is given.
       dtype: what tokens are computed in.
       remat: what each block keeps for the backward pass, of `memory.POLICIES`.
@@ -56,6 +57,7 @@ class PixArt(nn.Module):
     interpolation_scale: float = 1.0
     micro_conditions: bool = False
     pixels_per_latent: int = 8
+    scaling_factor: float = 0.18215
     label_dropout: float = 0.1
     dtype: jnp.dtype = jnp.float32
     remat: str = "none"

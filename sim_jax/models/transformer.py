@@ -16,7 +16,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -65,7 +64,7 @@ def modulate(x: Array, shift: Array, scale: Array) -> Array:
     """Adaptive layer norm of x [B,N,D] by shift and scale [B,1,D]; computed in float32, in x's type."""
     h = x.astype(jnp.float32)
     h = h - jnp.mean(h, -1, keepdims=True)
-    h = h * jax.lax.rsqrt(jnp.mean(jnp.square(h), -1, keepdims=True) + _EPS)
+    h = h * layers.inverse_sqrt(jnp.mean(jnp.square(h), -1, keepdims=True) + _EPS)
     return (h * (1 + scale) + shift).astype(x.dtype)
 
 

@@ -1,0 +1,48 @@
+"""Text to image in miniature: a tiny PixArt teacher of drawn scenes and captions, and its one-step SIM generator without images, on a CPU.
+
+Paper:     SIM, arXiv 2410.16794; PixArt-alpha, arXiv 2310.00426, for the network, its preconditioner and its guidance of 4.5. Neither has
+           such scenes: the other values here are ours.
+Command:   python -m sim_jax.main --config=configs/scenes.py:teacher --workdir=runs/scenes_teacher
+           python -m sim_jax.main --config=configs/scenes.py --workdir=runs/scenes --config.teacher.path=runs/scenes_teacher
+           python -m sim_jax.scene_report --workdir=runs/scenes --grid=scenes.png
+Hardware:  TODO
+Words:     sim (default) or teacher; full (default) or tiny (seconds, to see that everything runs).
+"""
+
+from configs import common
+
+WORDS = {"job": ("sim", "teacher"), "size": ("full", "tiny")}
+
+
+def get_config(arg=None):
+    words = common.parse_arg(arg, **WORDS)
+    config = common.get_config("sim" if words["job"] == "sim" else "dsm")
+    common.replace(config.network, dict(
+        precond="DDPMPrecond", model_type="PixArt", img_resolution=16, img_channels=3, patch_size=4, hidden_size=96, depth=5, num_heads=4,
+        caption_channels=32, caption_tokens=9, label_dropout=0.1))
+    config.teacher.guidance = 3.0
+    config.text.eval_path = "builtin:scenes"
+    config.run.update(log_every=100, probe_every=500, sample_every=1000, save_every=1000, batch_per_device=100)
+    if words["job"] == "teacher":
+        config.total_kimg = 1400.0
+        config.batch_size = 64
+        config.data.name = "scenes"
+        config.objective.weighting = "eps"
+        config.fake_score.noise.P_mean = 0.0
+        config.fake_score.optimizer.update(lr=2e-3, b1=0.9, b2=0.99, warmup_steps=200, schedule="cosine", final_fraction=0.01,
+                                           clip_norm=10.0)
+        config.ema.halflife_kimg = (10.0,)
+    else:
+        config.total_kimg = 120.0
+        config.batch_size = 32
+        config.text.path = "builtin:scenes"
+        config.objective.update(c=1.0, weighting="sid")
+        config.generator.noise.update(u_min=0.15, u_max=0.65)
+        config.fake_score.noise.P_mean = 0.0
+        config.fake_score.loss.weighting = "eps"
+        for section, lr in ((config.generator, 2e-4), (config.fake_score, 1e-3)):
+            section.optimizer.update(lr=lr, schedule="linear", final_fraction=0.02)
+        config.ema.update(halflife_kimg=(3.0,), rampup=0.3)
+    if words["size"] == "tiny":
+        common.shrink_run(config)
+    return config
