@@ -89,7 +89,7 @@ def get_config(method: str = "sim") -> ConfigDict:
         histogram=(),                         # class weights, for "histogram"
     ))
     config.data = ConfigDict(dict(            # real images: needed by "dsm", the adversarial term and inputs="data"
-        name="none",                          # none, digits, images (EDM's zip or folder), tfds
+        name="none",                          # none, digits, scenes, images (EDM's zip or folder), tfds
         path=placeholder(str),                # images: the zip or folder
         dataset=placeholder(str),             # tfds: e.g. "imagenet_resized/64x64"
         split=placeholder(str),

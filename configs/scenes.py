@@ -20,19 +20,19 @@ def get_config(arg=None):
     common.replace(config.network, dict(
         precond="DDPMPrecond", model_type="PixArt", img_resolution=16, img_channels=3, patch_size=4, hidden_size=96, depth=5, num_heads=4,
         caption_channels=32, caption_tokens=9, label_dropout=0.1))
-    config.teacher.guidance = 3.0
     config.text.eval_path = "builtin:scenes"
-    config.run.update(log_every=100, probe_every=500, sample_every=1000, save_every=1000, batch_per_device=100)
+    config.run.update(log_every=100, probe_every=1000, sample_every=4000, save_every=2000, batch_per_device=100)
     if words["job"] == "teacher":
-        config.total_kimg = 1400.0
-        config.batch_size = 64
+        config.total_kimg = 900.0
+        config.batch_size = 32
         config.data.name = "scenes"
         config.objective.weighting = "eps"
-        config.fake_score.noise.P_mean = 0.0
-        config.fake_score.optimizer.update(lr=2e-3, b1=0.9, b2=0.99, warmup_steps=200, schedule="cosine", final_fraction=0.01,
+        config.fake_score.noise.update(P_mean=0.5, P_std=0.9)
+        config.fake_score.optimizer.update(lr=3e-3, b1=0.9, b2=0.99, warmup_steps=200, schedule="cosine", final_fraction=0.01,
                                            clip_norm=10.0)
         config.ema.halflife_kimg = (10.0,)
     else:
+        config.teacher.guidance = 2.0
         config.total_kimg = 120.0
         config.batch_size = 32
         config.text.path = "builtin:scenes"

@@ -5,9 +5,10 @@
 
 Every program of an iteration is timed by itself (a config whose critic moves more often has two), on random weights and random images
 unless the config names a teacher: milliseconds are the median over rounds with the fastest and slowest, images a second those of the
-whole cycle of turns. Model flops are counted from the shapes (`cost.py`) and stand beside XLA's count of the compiled program: a ratio above
-1 is work that the mathematics does not ask for, such as recomputation. Utilisation is model flops a second over the device's peak in the
-type that the generator computes in. Compile times are taken with an empty persistent cache and again with the filled one.
+whole cycle of turns. Model flops are counted from the shapes (`cost.py`), with the zeros around an image as published figures do. XLA / model
+is XLA's count of the compiled program over the same products without those zeros: more than 1 is work that the mathematics does not ask for,
+such as recomputation. Utilisation is model flops a second over the device's peak in the type that the generator computes in. Compile times
+are taken with an empty persistent cache and again with the filled one.
 
 --loop=N also runs N iterations of the training loop itself and says what it adds to a step; --input reads the config's images alone.
 """
@@ -165,6 +166,7 @@ def _measure(args: argparse.Namespace, experiment, began: float) -> dict[str, An
     state, step_fn, batch = experiments.initial_state(experiment), train.make_step(experiment), _batch(experiment)
     teacher = None if experiment.teacher is None else sharding.place(experiment.teacher.params, experiment.teacher_shardings)
     made, forward = cost.updates(recipe), cost.passes(experiment.trained.network).forward
+    without_padding = cost.updates(recipe, padding=False)
     count, dtype = jax.device_count(), str(config.generator.dtype if experiment.distils else config.fake_score.dtype)
     peak = devices.peak_flops(jax.devices()[0].device_kind, dtype, config.precision)
     programs, prepared = {}, time.perf_counter() - began
@@ -180,9 +182,10 @@ def _measure(args: argparse.Namespace, experiment, began: float) -> dict[str, An
         median, analysis = statistics.median(taken), compiled.cost_analysis() or {}
         flops = cost.iteration_flops(recipe, made, **turn) * config.batch_size
         xla = analysis["flops"] * count if "flops" in analysis else None
+        counted = cost.iteration_flops(recipe, without_padding, **turn) * config.batch_size
         programs[name] = {
             "times_in_a_cycle": times, "seconds": median, "fastest": min(taken), "slowest": max(taken), "model_flops": flops,
-            "forward_passes": flops / config.batch_size / forward, "xla_flops": xla, "xla_over_model": xla and xla / flops,
+            "forward_passes": flops / config.batch_size / forward, "xla_flops": xla, "xla_over_model": xla and xla / counted,
             "flops_per_second": flops / median, "utilisation": peak and flops / median / (peak * count),
             "bytes_accessed": analysis.get("bytes accessed"), "memory": _memory(compiled), "seconds_to_trace": seconds["trace"],
             "seconds_to_compile": {"cold": seconds["cold"], "warm": seconds["warm"]},
@@ -295,4 +298,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    cli.take_large_pages()
     sys.exit(main())

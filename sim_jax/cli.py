@@ -78,6 +78,24 @@ def keep_memory() -> None:
         tune(knob, value)
 
 
+def take_large_pages() -> None:
+    """Starts this process again with glibc's large pages, where they are to be had and no accelerator is: a step of a CPU walks through
+    hundreds of megabytes, and takes a fifth to a quarter less with pages of 2 MB than with pages of 4 KB [measured].
+
+    The first thing that a command's `__main__` does. GLIBC_TUNABLES=glibc.malloc.hugetlb=0 keeps it from that.
+    """
+    told = os.environ.get("GLIBC_TUNABLES", "")
+    accelerators = [device for pattern in ("nvidia[0-9]*", "kfd", "accel*", "vfio/[0-9]*") for device in pathlib.Path("/dev").glob(pattern)]
+    setting = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if sys.platform != "linux" or "glibc.malloc.hugetlb" in told or accelerators or not setting.exists() or "[never]" in setting.read_text():
+        return
+    os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, [told, "glibc.malloc.hugetlb=1"]))
+    try:
+        os.execv(sys.executable, sys.orig_argv)
+    except OSError:  # as good as before
+        return
+
+
 def split_cpu(devices: int = 2) -> None:
     """Makes a CPU of several cores count as two devices, each with half of every batch: XLA runs many operations on one thread, and
     two programs side by side keep two cores busier than one program does (README, measured). GPUs and TPUs are unaffected.

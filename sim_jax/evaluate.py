@@ -39,7 +39,7 @@ _DEFAULT_METRICS = {"digits": "fd,kd,pr,class", "mnist": "fd,kd,pr,class"}   # "
 
 
 def _parser() -> argparse.ArgumentParser:
-    from sim_jax import sampler_flags
+    from sim_jax import sampler_flags, text_flags
 
     parser = argparse.ArgumentParser(prog="python -m sim_jax.evaluate", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -55,10 +55,11 @@ def _parser() -> argparse.ArgumentParser:
                                              "pytorch_fid")
     parser.add_argument("--reference", help="digits, a .zip or folder, an .npz of images, or one of statistics: EDM's, ADM's, or ours")
     parser.add_argument("--write-reference", metavar="R.npz", help="writes what the metrics need of the reference, for next time")
-    parser.add_argument("--protocol", help="edm, sid, dmd2 or quick, for workdirs and weights (default quick)")
+    parser.add_argument("--protocol", help="edm, sid, dmd2, coco or quick, for workdirs and weights (default quick)")
     parser.add_argument("--num", type=int, help="how many images (default: as the protocol says; all of --images)")
     parser.add_argument("--seed", type=int, help="of the samples, or of which of --images (default: as the protocol says; 0)")
     sampler_flags.add(parser)
+    text_flags.add(parser)
     parser.add_argument("--max-rows", type=int, default=50_000, help="most images kept for metrics of single images (default %(default)s)")
     parser.add_argument("--batch", type=int, default=128, help="images drawn per device and call (default %(default)s)")
     parser.add_argument("--out", help="X.json (figures and protocol), X.html (a page with table and pictures) or X.png (the picture)")
@@ -141,15 +142,20 @@ def _network(args: argparse.Namespace, workdir: str | None, weights: str | None,
     import jax
     import numpy as np
 
-    from sim_jax import sampler_flags, sharding
+    from sim_jax import sampler_flags, sharding, text_flags
     from sim_jax.comparison import PREVIEW
+    from sim_jax.evals import protocols
     from sim_jax.evals.generate import ImageSampler
 
     if args.compare and weights:   # --ema and --teacher are for the workdirs among them
         args = argparse.Namespace(**{**vars(args), "ema": None, "teacher": False})
     loaded = sampler_flags.find(args, workdir=workdir, weights=weights)
-    spec = sampler_flags.spec(args, loaded)
-    sampler = ImageSampler(loaded.network, spec, loaded.latents(), layout=layout, batch_per_device=args.batch)
+    text_flags.check(args)
+    text = text_flags.find(args, loaded)
+    protocols.check_text(protocol, 0 if text is None else len(text), reference=args.reference)
+    spec, latents = sampler_flags.spec(args, loaded, text), dataclasses.replace(loaded.latents(), captions=text)
+    sampler = ImageSampler(loaded.network, spec, latents, layout=layout, batch_per_device=args.batch,
+                           decode=text_flags.decoder(args, loaded, layout))
     place = lambda: sharding.place(loaded.params, jax.tree.map(lambda _: layout.replicated, loaded.params))
     about = {"path": workdir or weights, "ema": "none: the weights as they are", **{k: str(v) for k, v in loaded.origin.items()}}
 
@@ -162,7 +168,8 @@ def _network(args: argparse.Namespace, workdir: str | None, weights: str | None,
         classes = np.arange(PREVIEW) % label_dim if label_dim else np.zeros(PREVIEW, np.int32)
         return sampler(place(), seed=0, count=PREVIEW, classes=classes)[0]
 
-    return _Target(name=workdir or weights, image_shape=loaded.network.image_shape, count=protocol.count * protocol.repeats,
+    shape = protocols.ROUNDINGS[protocol.rounding][1](np.zeros((1, *sampler.image_shape), np.float32)).shape[1:]
+    return _Target(name=workdir or weights, image_shape=shape, count=protocol.count * protocol.repeats,
                    measure=measure, preview=preview)
 
 
@@ -283,4 +290,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    cli.take_large_pages()
     sys.exit(main())

@@ -118,10 +118,10 @@ def build(config: ConfigDict, *, devices: Sequence[Any] | None = None, with_data
         config_checks.check_measure(config.run, resolution=shown[0], channels=shown[2])
     requirements = recipes.needs(config, objective)
     source = _source(config, spec, requirements) if with_data else None
+    captions, shown = _captions(config, spec, source) if with_data else (None, None)
     teacher = _teacher(config, spec, with_weights) if "teacher" in requirements else None
     if teacher is not None and not recipes.is_analytic(teacher.network.spec):
         spec = dict(teacher.network.spec)
-    captions, shown = _captions(config, spec, source) if with_data else (None, None)
     recipe, start_steps, total_steps = recipes.make(config, objective, requirements, spec, teacher, mesh, captions)
 
     shapes = jax.eval_shape(lambda: _random_state(recipe, None))
@@ -203,7 +203,7 @@ def _source(config: ConfigDict, spec: Mapping[str, Any], needs: frozenset[str]) 
     name = knobs.pop("name")
     terms = f"method {config.method!r}{' and an adversarial term' if 'discriminator' in needs else ''}"
     if "data" in needs and name == "none":
-        raise ValueError(f"data.name: got 'none', allowed with {terms}: digits, images, tfds")
+        raise ValueError(f"data.name: got 'none', allowed with {terms}: digits, images, scenes, tfds")
     if "data" not in needs:
         if name != "none":
             raise ValueError(f"data.name: got {name!r}, allowed with {terms}: none, it needs no images")
@@ -275,6 +275,7 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") ->
         a, b = old.get(key), new.get(key)
         if name in MAY_CHANGE or a == b:
             continue
+        a = {} if a is None and isinstance(b, Mapping) else a  # a section that an earlier version did not have, and whose keys are None
         out += changes(a, b, name + ".") if isinstance(a, Mapping) and isinstance(b, Mapping) else [f"{name}: {a!r} -> {b!r}"]
     return out
 

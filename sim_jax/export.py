@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     if report.is_file():
         figures = checkpoint.read_json(report)
         info["figures"] = {key: figures[key] for key in ("teacher", "generator", "real_halves", "protocol", "device") if key in figures}
-    info |= load.few_step_info(loaded.few_step)
+    info |= load.few_step_info(loaded.few_step) | ({} if loaded.text_encoder is None else {"text_encoder": loaded.text_encoder})
     save = weights.save_file if args.out.endswith(".safetensors") else weights.save_directory
     save(args.out, loaded.params, loaded.network.spec, info, dtype=args.dtype)
     print(f"{loaded.network.num_params():,} parameters, {loaded.origin['ema']} at step {loaded.origin['step']}: {args.out}")

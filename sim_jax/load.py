@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -32,6 +32,7 @@ class Loaded:
       few_step: a distilled generator's noise levels; None for a denoiser, which samples in steps.
       origin: what to write into reports: path, hash or step, which average.
       labels: `scheme` and `histogram` that it was trained with.
+      text_encoder: the name of the text encoder whose captions it was trained with; None where that is not recorded.
     """
 
     network: networks.Network
@@ -39,6 +40,7 @@ class Loaded:
     few_step: FewStep | None
     origin: Mapping[str, Any]
     labels: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    text_encoder: str | None = None
 
     @property
     def sigma_init(self) -> float | None:
@@ -83,7 +85,8 @@ def load(path: str | pathlib.Path, *, ema: str | None = None) -> Loaded:
         raise ValueError(f"ema: got {ema!r} for {path}, allowed only with a workdir")
     network, params, header = weights.load(str(path))
     origin = {"path": str(path), "hash": header["hash"][:12], **{k: header[k] for k in ("ema", "step") if k in header}}
-    return Loaded(network=network, params=params, few_step=_few_step(header), origin=origin, labels=header.get("labels", {}))
+    return Loaded(network=network, params=params, few_step=_few_step(header), origin=origin, labels=header.get("labels", {}),
+                  text_encoder=header.get("text_encoder"))
 
 
 def load_teacher(path: str, *, ema: str | None, spec: Mapping[str, Any]) -> Loaded:
@@ -128,35 +131,37 @@ def decoded_shape(path: str | pathlib.Path, spec: Mapping[str, Any], *, key: str
     return (side, side, model.spec["img_channels"])
 
 
-def open_decoder(path: str | pathlib.Path, spec: Mapping[str, Any], *, layout: sharding.Layout = sharding.Layout(), batch_per_device: int = 4,
-                 dtype: str = "float32", key: str = "autoencoder") -> Callable[[np.ndarray], np.ndarray]:
-    """What turns a network's latents float32 [N,h,w,c] into images float32 [N,H,W,C], on the host, by an autoencoder in a directory.
+class Decoder:
+    """Latents float32 [N,h,w,c] -> images float32 [N,H,W,C], on the host, by an autoencoder; `image_shape` is (H, W, C).
 
     Args:
       path: as `load_autoencoder`.
-      spec: the network's.
+      spec: of the network whose latents they are.
       layout, batch_per_device: images of one program, over the mesh.
       dtype: what the autoencoder computes in.
-    Raises: ValueError, which begins with `key`, where the autoencoder cannot be read, or makes other latents than the network's.
+      key: what messages begin with.
+    Raises: ValueError where the autoencoder cannot be read, or makes other latents than the network's.
     """
-    decoded_shape(path, spec, key=key)
-    try:
-        model, params, _ = load_autoencoder(path, dtype=dtype)
-    except ValueError as error:
-        raise ValueError(f"{key}: {error}") from None
-    size = batch_per_device * (1 if layout.mesh is None else layout.mesh.size)
-    held = params if layout.mesh is None else sharding.place(params, jax.tree.map(lambda _: layout.replicated, params))
-    run = jax.jit(lambda params, z: model.decode(params, layout.split(z)))
 
-    def decode(latents: np.ndarray) -> np.ndarray:
+    def __init__(self, path: str | pathlib.Path, spec: Mapping[str, Any], *, layout: sharding.Layout = sharding.Layout(),
+                 batch_per_device: int = 4, dtype: str = "float32", key: str = "autoencoder"):
+        self.image_shape = decoded_shape(path, spec, key=key)
+        try:
+            model, params, _ = load_autoencoder(path, dtype=dtype)
+        except ValueError as error:
+            raise ValueError(f"{key}: {error}") from None
+        self._size = batch_per_device * (1 if layout.mesh is None else layout.mesh.size)
+        where = None if layout.mesh is None else jax.tree.map(lambda _: layout.replicated, params)
+        self._params = jax.tree.map(jnp.asarray, params) if where is None else sharding.place(params, where)
+        self._run = jax.jit(lambda params, latents: model.decode(params, layout.split(latents)))
+
+    def __call__(self, latents: np.ndarray) -> np.ndarray:
         out = []
-        for start in range(0, len(latents), size):
-            part = latents[start: start + size]
-            padded = np.concatenate([part, np.repeat(part[-1:], size - len(part), axis=0)])
-            out.append(sharding.to_host(run(held, jnp.asarray(padded)))[: len(part)])
+        for start in range(0, len(latents), self._size):
+            part = latents[start: start + self._size]
+            padded = np.concatenate([part, np.repeat(part[-1:], self._size - len(part), axis=0)])
+            out.append(sharding.to_host(self._run(self._params, jnp.asarray(padded)))[: len(part)])
         return np.concatenate(out)
-
-    return decode
 
 
 def _load_workdir(workdir: pathlib.Path, ema: str | None) -> Loaded:
@@ -176,7 +181,8 @@ def _load_workdir(workdir: pathlib.Path, ema: str | None) -> Loaded:
     path = (role, "params") if ema == "raw" else (role, "ema", ema)
     step, params = checkpoint.read_tree(workdir / "checkpoints", path, network.shapes())
     return Loaded(network=network, params=sharding.to_host(params), few_step=plan,
-                  origin={"path": str(workdir), "step": step, "ema": ema}, labels=config["labels"])
+                  origin={"path": str(workdir), "step": step, "ema": ema}, labels=config["labels"],
+                  text_encoder=record.get("text_encoder"))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -236,12 +242,12 @@ def load_generator(path: str | pathlib.Path, ema: str | None = None, *, num_step
       batch: images per device and call.
       guidance, null_text: of teachers, as `SamplerSpec`'s.
       autoencoder: a directory of one, which decodes what the network makes.
-    Raises: ValueError as `load` and `open_decoder` do.
+    Raises: ValueError as `load` and `Decoder` do.
     """
     loaded = load(path, ema=ema)
     few_step = loaded.few_step if num_steps is None else None
     spec = SamplerSpec(few_step=few_step) if few_step else SamplerSpec(num_steps=num_steps or 18, guidance=guidance, null_text=null_text)
-    decode = None if autoencoder is None else open_decoder(autoencoder, loaded.network.spec)
+    decode = None if autoencoder is None else Decoder(autoencoder, loaded.network.spec)
     plain = decode is None and loaded.network.image_shape[2] not in (1, 3)
     return Generator(loaded, ImageSampler(loaded.network, spec, loaded.latents(), batch_per_device=batch, decode=decode,
                                           finish=np.asarray if plain else images.to_uint8))

@@ -13,13 +13,17 @@ from typing import Any
 from sim_jax import config_file, files, planning, topologies
 
 _CUT = ("--config.sharding.rules=(('.*','fsdp'),)", "--config.sharding.teacher_rules=(('.*','fsdp'),)")
+_EIGHT = ("v5e:2x4", "v5p:2x2x1", "v6e:2x4", "h100:8")
+_TEXT = ("v5e:4x4", "v5p:2x2x1", "v6e:2x4", "a100-80:4", "h100:4")
 ROWS = (
-    ("CIFAR-10, SIM", "configs/cifar10.py:cond", ()),
-    ("CIFAR-10, DMD2", "configs/cifar10.py:dmd2_fastgen,cond", ()),
-    ("ImageNet-64, SIM", "configs/imagenet64.py", _CUT),
-    ("ImageNet-64, DMD2", "configs/imagenet64.py:dmd2", _CUT),
+    ("CIFAR-10, SIM", "configs/cifar10.py:cond", (), _EIGHT),
+    ("CIFAR-10, DMD2", "configs/cifar10.py:dmd2_fastgen,cond", (), _EIGHT),
+    ("ImageNet-64, SIM", "configs/imagenet64.py", _CUT, _EIGHT),
+    ("ImageNet-64, DMD2", "configs/imagenet64.py:dmd2", _CUT, _EIGHT),
+    ("PixArt-512, SIM", "configs/pixart512.py", _CUT, _TEXT),
+    ("PixArt-512, SIM, copies", "configs/pixart512.py", (), ("v5e:4x4", "a100-80:4")),
+    ("PixArt-512, DMD2", "configs/pixart512.py:dmd2", _CUT, _TEXT),
 )
-TOPOLOGIES = ("v5e:2x4", "v5p:2x2x1", "v6e:2x4", "h100:8")
 
 
 def write(out: str, *, effort: str, estimate: str) -> int:
@@ -27,9 +31,9 @@ def write(out: str, *, effort: str, estimate: str) -> int:
     kept = pathlib.Path(out).with_suffix(".json")
     plans = json.loads(kept.read_text()) if kept.is_file() else {}
     # Stand-ins are as many as the largest topology asks for, since JAX counts its CPU devices once.
-    topologies.stand_ins(max(topologies.parse(name).count for name in TOPOLOGIES))
-    for title, name, overrides in ROWS:
-        for where in TOPOLOGIES:
+    topologies.stand_ins(max(topologies.parse(name).count for *_, places in ROWS for name in places))
+    for title, name, overrides, places in ROWS:
+        for where in places:
             key = f"{title} on {where}"
             topology = topologies.parse(where)
             wanted = "compile" if estimate in ("auto", "compile") and topologies.compiles(topology) else "arithmetic"
@@ -57,12 +61,12 @@ def markdown(plans: Mapping[str, Mapping[str, Any]]) -> str:
         "*States* are parameters, averages, optimiser and teacher, exact from shapes and shardings; *peak* is what the step needs at once: by",
         "libtpu's own analysis where the last column says *compiled* (level O0, the compiler's fastest: the program that runs needs less), else by",
         "arithmetic (`sim_jax/footprint.py`). TFLOP are model products of one iteration, averaged over a cycle of turns; messages are those of the",
-        "iteration in which the generator moves. ImageNet-64 is planned with every state and the teacher cut over the devices",
-        "(`sharding.rules` and `sharding.teacher_rules` `(('.*','fsdp'),)`), CIFAR-10 with copies. *Batch* is images on a device at a time,",
-        "times micro-batches.", "",
+        "iteration in which the generator moves. ImageNet-64 and PixArt-512 are planned with every state and the teacher cut over the devices",
+        "(`sharding.rules` and `sharding.teacher_rules` `(('.*','fsdp'),)`), CIFAR-10 and what says so with copies. *Batch* is images on a device",
+        "at a time, times micro-batches.", "",
         "| run | devices | batch | states | peak | of | fits | TFLOP | messages | how |", "|---|---|---|---|---|---|---|---|---|---|"]
-    for title, *_ in ROWS:
-        for where in TOPOLOGIES:
+    for title, _, _, places in ROWS:
+        for where in places:
             plan = plans.get(f"{title} on {where}")
             lines += [_row(title, where, plan)] if plan else []
     return "\n".join(lines) + "\n"

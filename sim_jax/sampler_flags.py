@@ -7,6 +7,7 @@ import dataclasses
 import pathlib
 
 from sim_jax import checkpoint, load
+from sim_jax.data.captions import Captions
 from sim_jax.diffusion.samplers import FewStep
 from sim_jax.evals.generate import SamplerSpec
 from sim_jax.load import Loaded
@@ -18,8 +19,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--teacher", action="store_true", help="the teacher that the workdir's run distilled")
     parser.add_argument("--steps", type=int, help="network calls: at most its own for a one- or few-step generator; an odd number for "
                                                   "teachers (Heun takes 2n - 1; default 35)")
-    parser.add_argument("--guidance", type=float, default=1.0, help="teachers with classes and label dropout: classifier-free guidance "
-                                                                    "weight (default 1, none; twice the calls)")
+    parser.add_argument("--guidance", type=float, default=1.0, help="teachers with classes or text, and label dropout: classifier-free "
+                                                                    "guidance weight (default 1, none; twice the calls)")
     parser.add_argument("--churn", type=float, default=0.0, help="teachers: EDM's S_churn (default 0, deterministic)")
 
 
@@ -39,16 +40,22 @@ def find(args: argparse.Namespace, *, workdir: str | None, weights: str | None) 
     return load.load_teacher(teacher["path"], ema=teacher["ema"], spec=record["network"])
 
 
-def spec(args: argparse.Namespace, loaded: Loaded) -> SamplerSpec:
-    """How to draw from `loaded`. Raises: ValueError for flags that do not fit it."""
+def spec(args: argparse.Namespace, loaded: Loaded, captions: Captions | None = None) -> SamplerSpec:
+    """How to draw from `loaded`; `captions` have the empty prompt for guidance without a null caption. Raises: ValueError for flags that do not
+    fit it."""
     if loaded.few_step is not None:
         return SamplerSpec(few_step=_few_step(args, loaded.few_step))
     calls = 35 if args.steps is None else args.steps
     if calls < 1 or calls % 2 == 0:
         raise ValueError(f"--steps: got {calls}, allowed: odd numbers, as Heun's n steps take 2n - 1 network calls")
-    if args.guidance != 1 and not loaded.network.label_dim:
-        raise ValueError(f"--guidance: got {args.guidance:g}, allowed: 1, this network takes no classes")
-    return SamplerSpec(num_steps=(calls + 1) // 2, S_churn=args.churn, guidance=args.guidance)
+    network, null_text = loaded.network, None
+    if args.guidance != 1 and not (network.label_dim or network.text_dim):
+        raise ValueError(f"--guidance: got {args.guidance:g}, allowed: 1, this network takes no classes or text")
+    if args.guidance != 1 and network.text_dim and not network.text_tokens:
+        null_text = None if captions is None else captions.null
+        if null_text is None:
+            raise ValueError(f"--guidance: got {args.guidance:g}, allowed: 1, or captions with the empty prompt, as this network has no null caption")
+    return SamplerSpec(num_steps=(calls + 1) // 2, S_churn=args.churn, guidance=args.guidance, null_text=null_text)
 
 
 def _few_step(args: argparse.Namespace, plan: FewStep) -> FewStep:

@@ -143,7 +143,8 @@ class Showcase:
         host = sharding.to_host(params)
         if distributed.is_first():
             info = {"step": step, "ema": name, "labels": experiment.config.labels.to_dict(), "figures": {"generator": {metric: value}},
-                    **(load.few_step_info(experiment.recipe.plan) if experiment.distils else {})}
+                    **(load.few_step_info(experiment.recipe.plan) if experiment.distils else {}),
+                    **({} if experiment.captions is None else {"text_encoder": experiment.captions.encoder})}
             weights.save_file(self._workdir / BEST, host, experiment.trained.network.spec, info)
 
     def finish(self, state: DistillState, *, seconds: float, to_first_step: float | None, **about: Any) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from sim_jax import checkpoint, distributed, health, init_from, interrupts, pairs, probes, processes, sharding, showcase, storage, workdirs
+from sim_jax import checkpoint, compiling, distributed, health, init_from, interrupts, pairs, probes, processes, sharding, showcase, storage, workdirs
 from sim_jax import experiment as experiments
 from sim_jax.data import images as image_data
 from sim_jax.data import pipeline
@@ -222,7 +222,8 @@ def _probe_count(experiment: Experiment) -> int:
 def make_step(experiment: Experiment):
     """The jitted training iteration: (state, teacher_params, key, batch, lr_scale, *, update_critic, update_generator) -> (state, metrics)."""
     return jax.jit(functools.partial(health.watched_step, experiment.recipe), donate_argnums=0,
-                   static_argnames=("update_critic", "update_generator"), out_shardings=(experiment.shardings, experiment.layout.replicated))
+                   static_argnames=("update_critic", "update_generator"), out_shardings=(experiment.shardings, experiment.layout.replicated),
+                   compiler_options=compiling.options(experiment.layout.mesh))
 
 
 def draw_pairs(experiment: Experiment, workdir: pathlib.Path, teacher_params, bar: ProgressBar) -> dict[str, np.ndarray] | None:

@@ -50,7 +50,7 @@ class View:
     statistics: Callable[..., dict[str, float]]
     headline: tuple[str, ...]
     measure: Callable[[ImageSampler, Params], Measured] | None
-    decode: Callable[[np.ndarray], np.ndarray] | None = None
+    decode: load.Decoder | None = None
 
 
 def make(experiment: Experiment) -> View:
@@ -73,7 +73,7 @@ def _images(experiment: Experiment) -> View:
     run, shape, decode = config.run, network.image_shape, None
     if run.autoencoder:
         shape = load.decoded_shape(run.autoencoder, network.spec, key="run.autoencoder")
-        decode = load.open_decoder(run.autoencoder, network.spec, layout=layout, key="run.autoencoder")
+        decode = load.Decoder(run.autoencoder, network.spec, layout=layout, key="run.autoencoder")
     metrics = tuple(name for name in figures.parse(run.metrics) if network.label_dim or name != "class")
 
     @functools.cache

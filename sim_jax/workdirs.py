@@ -40,6 +40,8 @@ def claim(workdir: pathlib.Path, experiment: Experiment, *, command: str, overri
         "ema_names": list(optim.ema_names(experiment.config.ema.halflife_kimg)), "init_from": init, "accepted_changes": [],
         "overrides": list(overrides), "command": command, "versions": versions(), "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
+    if experiment.captions is not None:
+        record["text_encoder"] = experiment.captions.encoder
     path, done = workdir / "config.json", checkpoint.latest_step(workdir / "checkpoints") or 0
     if path.exists():
         record |= _continued(workdir, checkpoint.read_json(path), record, experiment, done, accept_changes)

@@ -109,7 +109,7 @@ def refused_run(refused, tmp_path, teacher):
     (["--config.network.img_resolution=16"], ["run.features: got 'digits' for images of 16x16x1, allowed", "[N,8,8,1]"]),
     (["--config.fake_score.augment_p=0.1"], ["fake_score.augment_p: got 0.1", "augment_dim 9"]),
     (["--config.data.name=digits"], ["data.name: got 'digits', allowed with method 'sim': none, it needs no images"]),
-    (["--config.gan.weight=0.1"], ["data.name: got 'none', allowed with method 'sim' and an adversarial term: digits, images, tfds"]),
+    (["--config.gan.weight=0.1"], ["data.name: got 'none', allowed with method 'sim' and an adversarial term: digits, images, scenes, tfds"]),
     (["--config.gan.weight=-0.1"], ["gan.weight: got -0.1, allowed: 0 or above"]),
     (["--config.gan.features=bottleneck"], ["gan.features: got 'bottleneck', allowed: fake_score, teacher"]),
     (["--config.gan.pairing=same"], ["gan.pairing: got 'same', allowed: own, score, shared"]),
@@ -196,9 +196,9 @@ def test_a_network_that_cannot_be(refused_run):
 
 def test_a_teacher_is_needed_and_a_teacher_needs_images(refused_run):
     refused_run("cifar10.py", ["--config.batch_size=16"], "teacher.path: got nothing, but method 'sim' needs a teacher")
-    refused_run("digits_teacher.py", ["--config.data.name=none"], "data.name: got 'none', allowed with method 'dsm': digits, images, tfds")
+    refused_run("digits_teacher.py", ["--config.data.name=none"], "data.name: got 'none', allowed with method 'dsm': digits, images, scenes, tfds")
     refused_run("digits_teacher.py", ["--config.data.name=images"], "data.path: got nothing")
-    refused_run("digits_teacher.py", ["--config.data.name=imags"], "data: got 'imags', allowed: digits, images, tfds")
+    refused_run("digits_teacher.py", ["--config.data.name=imags"], "data: got 'imags', allowed: digits, images, scenes, tfds")
 
 
 def _png(pixels: np.ndarray) -> bytes:

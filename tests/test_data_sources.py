@@ -57,7 +57,7 @@ def test_digits_for_the_wrong_network_are_refused(knobs, match):
 def test_table():
     assert make_source("none") is None
     assert len(make_source("digits", resolution=8)) == 1797
-    with pytest.raises(ValueError, match="data: got 'cifar', allowed: digits, images, tfds, none"):
+    with pytest.raises(ValueError, match="data: got 'cifar', allowed: digits, images, scenes, tfds, none"):
         make_source("cifar")
     with pytest.raises(ValueError, match="data.path: got 'x', allowed with 'digits': resolution"):
         make_source("digits", path="x")

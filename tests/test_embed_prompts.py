@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import pathlib
+import signal
+import subprocess
+import sys
 
 import ml_dtypes
 import numpy as np
@@ -39,20 +43,26 @@ def test_what_is_read_is_what_was_encoded_in_bfloat16(tmp_path):
     assert len(record) == 16 + len("one") + 2 * 2 * texts.WIDTH  # two tokens are valid: padding is not stored
 
 
-def test_a_stopped_job_goes_on_and_repeats_nothing(tmp_path):
+KILLED = """
+import os, signal, sys
+import texts
+from sim_jax.data import embed_prompts
+
+class Killed(texts.WordEncoder):
+    def encode(self, prompts):
+        if len(self.calls) == 2:  # the empty prompt and the first shard are written, the second is begun
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().encode(prompts)
+
+embed_prompts.embed(texts.PROMPTS, Killed(), sys.argv[1], batch=1, shard=1)
+"""
+
+
+def test_a_killed_job_goes_on_and_repeats_nothing(tmp_path):
     _embed(tmp_path / "whole")
-
-    class Stopped(Exception):
-        pass
-
-    class Stopping(texts.WordEncoder):
-        def encode(self, prompts):
-            if len(self.calls) == 2:  # the empty prompt, and the first shard
-                raise Stopped
-            return super().encode(prompts)
-
-    with pytest.raises(Stopped):
-        embed_prompts.embed(texts.PROMPTS, Stopping(), tmp_path / "part", batch=1, shard=1, note=lambda text: None)
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "part")], cwd=ROOT / "tests", capture_output=True, text=True, timeout=100,
+                            env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"})
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
     with pytest.raises(ValueError, match="not finished"):
         captions.open_captions(str(tmp_path / "part"))
     notes: list[str] = []

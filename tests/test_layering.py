@@ -53,6 +53,7 @@ ALLOWED = {
     "sharding": {"types"},
     "programs": set(),
     "merging": set(),
+    "compiling": set(),
     "devices": set(),
     "topologies": {"devices"},
     "cost": {"types", "diffusion", "recipe", "objectives.base", "objectives.regression"},
@@ -77,10 +78,11 @@ ALLOWED = {
     "report_curves": set(),
     "report_style": set(),
     "comparison": {"images", "report_style"},
-    "sampler_flags": {"checkpoint", "diffusion", "evals", "load"},
+    "sampler_flags": {"checkpoint", "data", "diffusion", "evals", "load"},
+    "text_flags": {"data", "load", "sharding"},
     "weights": LEAVES | {"networks", "checkpoint", "convert"},
     "evals": LEAVES | {"data", "models", "diffusion", "networks", "sharding", "images", "randomness"},
-    "load": LEAVES | {"autoencoder", "checkpoint", "networks", "optim", "sharding", "weights", "data", "evals", "diffusion"},
+    "load": LEAVES | {"autoencoder", "checkpoint", "images", "networks", "optim", "sharding", "weights", "data", "evals", "diffusion"},
     "steps": {"types", "state", "merging", "optim", "recipe", "rollout", "randomness", "data", "diffusion", "objectives.base",
               "objectives.adversarial"},
     "inspection": {"saved", "step_folders"},
@@ -88,8 +90,8 @@ ALLOWED = {
     "probes": {"types", "state", "steps", "recipe", "data", "diffusion", "randomness", "objectives.base"},
     "panels": {"types", "state", "steps", "probes", "recipe", "data", "images", "objectives.base", "objectives.adversarial"},
 }
-ENTRY_POINTS = {"main", "train", "analytic", "sample", "export", "evaluate", "plan", "benchmark", "table",
-                "evals.train_classifier", "convert.__main__", "data.embed_prompts"}
+ENTRY_POINTS = {"main", "train", "analytic", "sample", "export", "evaluate", "plan", "benchmark", "table", "scene_report",
+                "evals.train_classifier", "convert.__main__", "data.embed_prompts", "evals.text_scores"}
 # what these may import beyond ALLOWED: everything but entry points
 SEE_EVERYTHING = ENTRY_POINTS | {"experiment", "recipes", "showcase", "views", "__init__", "workdirs", "init_from", "planning", "plan_table"}
 MAY_IMPORT_ENTRY = {"main": {"train"}, "table": {"train"}, "planning": {"train"}, "benchmark": {"train"}}

@@ -16,7 +16,7 @@ def test_the_table_is_what_the_papers_did():
     assert about["dmd2"] == {"protocol": "dmd2", "count": 50000, "seed": 10, "samples": ["0-49999"], "label_scheme": "balanced",
                              "rounding": "clip((x + 1) * 127.5)", "summary": "mean"}
     assert about["edm"]["rounding"] == about["sid"]["rounding"] == "clip(x * 127.5 + 128)"
-    assert list(about) == ["edm", "sid", "dmd2", "quick"]
+    assert list(about) == ["edm", "sid", "dmd2", "coco", "quick"]
 
 
 def test_a_changed_protocol_says_so():
@@ -60,7 +60,7 @@ def test_samplers_in_words():
 
 
 @pytest.mark.parametrize("knobs, message", [
-    (dict(name="fid"), "protocol: got 'fid', allowed: edm, sid, dmd2, quick"), (dict(name="edm", count=1), "num: got 1"),
+    (dict(name="fid"), "protocol: got 'fid', allowed: edm, sid, dmd2, coco, quick"), (dict(name="edm", count=1), "num: got 1"),
     (dict(name="edm", seed=-1), "seed: got -1"),
 ])
 def test_bad_words(knobs, message):

@@ -60,7 +60,7 @@ def _templates() -> tuple[np.ndarray, list[tuple[str, int, int, int]]]:
 
 def colours(images: np.ndarray) -> np.ndarray:
     """The nearest of background (0) and COLOURS (from 1) at every pixel: uint8 [N,H,W,3] -> int [N,H,W]."""
-    palette = np.array([(0, 0, 0), *COLOURS.values()], np.float32)
+    palette = np.array([(scenes.BACKGROUND,) * 3, *COLOURS.values()], np.float32)
     # |p - c|^2 without |p|^2, which is the same for all
     return np.argmin(np.sum(palette**2, 1) - 2 * images.astype(np.float32) @ palette.T, -1)
 

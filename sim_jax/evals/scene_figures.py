@@ -43,7 +43,7 @@ def frechet_distance(images: np.ndarray, reference: np.ndarray) -> float:
     return frechet.statistics_distance(*(frechet.feature_statistics(features(a)) for a in (images, reference)))
 
 
-def _pixel_distance(images: np.ndarray) -> float:
+def pixel_distance(images: np.ndarray) -> float:
     """Mean over pairs of the root mean squared difference: uint8 [n,H,W,C] -> number."""
     x = images.reshape(len(images), -1).astype(np.float64) / 127.5
     squares = np.sum(x**2, 1)
@@ -72,7 +72,7 @@ def diversity(images: np.ndarray, drawings: np.ndarray) -> dict[str, float]:
     def share(measure) -> float:
         return float(np.mean([measure(part) for part in images]) / np.mean([measure(part) for part in drawings]))
 
-    return {"pixels": share(_pixel_distance), "places": share(_spread)}
+    return {"pixels": share(pixel_distance), "places": share(_spread)}
 
 
 def attributes(images: np.ndarray, prompts: Sequence[str]) -> dict[str, float]:

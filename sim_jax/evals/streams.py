@@ -105,7 +105,8 @@ def sampled(sampler: ImageSampler, params: Params, *, seed: int, count: int, sta
             yield rounding(pixels)
 
     labels = classes if sampler.latents.label_dim else None
-    return ImageStream(count=count, image_shape=sampler.latents.image_shape, labels=labels, read=read, origin=origin)
+    shape = rounding(np.zeros((1, *sampler.image_shape), np.float32)).shape[1:]
+    return ImageStream(count=count, image_shape=shape, labels=labels, read=read, origin=origin)
 
 
 def begin_hash(shape: tuple[int, ...]) -> Any:
