@@ -65,12 +65,12 @@ class Ours:
     def __init__(self, args: argparse.Namespace):
         import jax
 
-        from sim_jax import cli, config_file, sharding, train
+        from sim_jax import cli, compiling, config_file, sharding, train
         from sim_jax import experiment as experiments
 
         cli.keep_memory()
         precision = {"float32": "highest", "tf32": "high", "bfloat16": "default"}[args.dtype]
-        jax.config.update("jax_default_matmul_precision", precision)
+        compiling.use_precision(precision)
         root = pathlib.Path(__file__).resolve().parent.parent
         name = "imagenet64.py:sim" if args.network == "imagenet64" else "cifar10.py:sim"
         config = config_file.load(str(root / "configs" / name))

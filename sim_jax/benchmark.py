@@ -262,10 +262,10 @@ def run(args: argparse.Namespace, overrides: list[str], began: float) -> int:
     cli.split_cpu()
     import jax
 
+    from sim_jax import compiling, files, workdirs
     from sim_jax import experiment as experiments
-    from sim_jax import files, workdirs
 
-    jax.config.update("jax_default_matmul_precision", config.precision)
+    compiling.use_precision(config.precision)
     experiment = experiments.build(config, with_data=args.input)
     if args.input and experiment.source is None:
         raise ValueError("--input: got a config without images, allowed: one whose data.name is not 'none'")
@@ -298,5 +298,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    cli.take_large_pages()
     sys.exit(main())

@@ -290,5 +290,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    cli.take_large_pages()
     sys.exit(main())

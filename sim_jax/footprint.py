@@ -10,6 +10,7 @@ alive, which is the backward pass of the dearer update:
     one block computed again           what its products read and write, for the largest block, where a policy is in force
     gradients                          of the network that moves, in float32, cut like its parameters
     the largest gathered layer         twice (the next one arrives meanwhile), where parameters are cut
+    captions                           of the device's part of a whole batch, in bfloat16, for networks that take text
 
 Compilers keep less than JAX asks for: norms and activations are computed again inside the fusions that read them. Policy "none" is therefore
 counted as "convs" [measured: a DDPM++ of 128 channels in float32 on a TPU v5e, SIM: 1062 MiB compiled at level O0, 991 so, 3012 by JAX's own
@@ -101,13 +102,16 @@ def images_per_piece(recipe: Recipe) -> int:
 
 
 def temporaries(recipe: Recipe, shapes: Any) -> dict[str, int]:
-    """{"activations", "gradients", "gathered": bytes per device} of the dearer update; `shapes` are the DistillState's."""
+    """{"activations", "gradients", "gathered", and "captions" with text: bytes per device} of the dearer update; `shapes` are the
+    DistillState's."""
     out = []
     for turn in _differentiated(recipe):
         kept, again = zip(*(per_image(_network(recipe, role), of_params=of_params, maps=maps) for role, of_params, maps in turn), strict=True)
         out.append({"activations": images_per_piece(recipe) * (sum(kept) + max(again)), "gradients": _gradients(recipe, shapes, turn[0][0]),
                     "gathered": 2 * max((_gathered(recipe, shapes, role) for role, *_ in turn if role != "teacher"), default=0)})
-    return max(out, key=lambda parts: sum(parts.values()))
+    text = cost.text_shape(recipe.fake_score.network)
+    captions = {"captions": recipe.batch_size // recipe.layout.mesh.size * text[0] * (2 * text[1] + 1)} if text else {}
+    return max(out, key=lambda parts: sum(parts.values())) | captions
 
 
 def _differentiated(recipe: Recipe) -> list[list[tuple[str, bool, tuple[int, ...] | None]]]:

@@ -205,7 +205,7 @@ class Generator:
           num: how many; None: one per caption.
           seed: image i depends on (seed, i), its class and its caption only.
           class_labels: one class, one per image, or None to draw them.
-          text: captions, of which image i has number i mod their number, for a network that takes text.
+          text: captions, of which image i has number i mod their number, for a network that takes text; None: its null caption.
           prompts, encoder: instead of `text`, the captions' words and who reads them: an encoder, or what `encoders.open_encoder` takes.
         Returns: uint8 [num,H,W,C]; float32 latents [num,h,w,c] where the network's images are latents and there is no autoencoder.
         Raises: ValueError for a class out of range, a list of another length, or captions that do not fit.

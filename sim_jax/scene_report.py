@@ -68,10 +68,12 @@ def _drawers(args: argparse.Namespace) -> dict[str, tuple[Any, int]]:
         networks = {"teacher": load.load_teacher(config["teacher"]["path"], ema=config["teacher"]["ema"], spec=record["network"]), **networks}
     if loaded.network.image_shape != (scenes.RESOLUTION, scenes.RESOLUTION, 3) or not loaded.network.text_dim:
         raise ValueError(f"--workdir: got {args.workdir!r}, a run whose images are no scenes; allowed: one of configs/scenes.py")
-    guidance = config["teacher"]["guidance"] if args.guidance is None else args.guidance
+    section = config["teacher"]
+    guided = dict(guidance=section["guidance"], interval=tuple(section["guidance_interval"]) or None) if args.guidance is None else dict(
+        guidance=args.guidance)
 
     def drawer(found: load.Loaded) -> tuple[Any, int]:
-        spec = SamplerSpec(few_step=found.few_step) if found.few_step else SamplerSpec(num_steps=(args.steps + 1) // 2, guidance=guidance)
+        spec = SamplerSpec(few_step=found.few_step) if found.few_step else SamplerSpec(num_steps=(args.steps + 1) // 2, **guided)
         sampler = ImageSampler(found.network, spec, found.latents(), batch_per_device=args.batch)
         params = jax.tree.map(jax.numpy.asarray, found.params)
         return lambda captions: sampler(params, seed=args.seed, count=len(captions), text=captions)[0], spec.calls

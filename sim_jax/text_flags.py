@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from sim_jax import load
+from sim_jax import distributed, load
 from sim_jax.data import captions, encoders
 from sim_jax.data.captions import Captions
 from sim_jax.load import Loaded
@@ -52,7 +52,7 @@ def find(args: argparse.Namespace, loaded: Loaded) -> Captions | None:
         raise ValueError("--prompt: got an empty one, allowed: words")
     encoder = _encoder(args, loaded)
     warning = captions.cut(encoder, prompts)[1]
-    if warning:
+    if warning and distributed.is_first():
         print(warning, file=sys.stderr)
     try:
         made = captions.encoded(encoder, prompts)

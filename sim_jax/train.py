@@ -44,7 +44,7 @@ def run(config: ConfigDict, workdir: str | pathlib.Path, *, command: str = "", o
     Raises: ValueError for bad input, before anything is compiled; FloatingPointError if training diverges; StorageError for a full disk.
     """
     clock = Clock()
-    jax.config.update("jax_default_matmul_precision", config.precision)
+    compiling.use_precision(config.precision)
 
     # Check everything, then claim the workdir.
     workdir, main_process = pathlib.Path(workdir), distributed.is_first()

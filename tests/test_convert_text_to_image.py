@@ -128,7 +128,7 @@ def test_sim_end_to_end(capsys):
     np.testing.assert_array_equal(run_(jax.tree.map(jnp.asarray, loaded.params), x, np.float32([2.5, 2.5]), cond),
                                   run_(params, x, np.float32([2.5, 2.5]), cond))
     images = load.load_generator("out", batch=1).sample(2)  # of the null caption
-    assert images.shape == (2, 8, 8, 4) and images.dtype == np.uint8 and images.std() > 10
+    assert images.shape == (2, 8, 8, 4) and images.dtype == np.float32 and images.std() > 0.1  # latents as they are
 
 
 @pytest.mark.parametrize("case", ["pixart", "dit"])

@@ -171,3 +171,20 @@ def test_bad_input_is_one_line(tmp_path, capsys, flags, message):
 def test_the_example_prompts_are_fifty_different_lines():
     prompts = captions.read_prompts(ROOT / "configs/prompts.txt")
     assert len(prompts) == len(set(prompts)) == 50
+
+
+def test_more_shards_than_may_stay_open_read_alike(tmp_path, monkeypatch):
+    _embed(tmp_path)
+    expected = captions.open_captions(str(tmp_path)).text(np.arange(6))
+    monkeypatch.setattr(embedded, "_OPEN", 2)
+    read = captions.open_captions(str(tmp_path))
+    for _ in range(2):
+        np.testing.assert_array_equal(read.text(np.arange(6))[0].view(np.uint16), expected[0].view(np.uint16))
+    assert all(shard._reader is None for shard in read._shards)
+
+
+def test_more_prompts_than_fit_in_memory_are_for_the_command(monkeypatch):
+    monkeypatch.setattr(captions, "_MEMORY", 4 * 5 * 4 * texts.TOKENS * texts.WIDTH // 4)
+    assert len(texts.made(texts.PROMPTS[:5])) == 5
+    with pytest.raises(ValueError, match="prompts: got 6, allowed: 5 at once; more by sim_jax.data.embed_prompts"):
+        texts.made()

@@ -79,7 +79,7 @@ ALLOWED = {
     "report_style": set(),
     "comparison": {"images", "report_style"},
     "sampler_flags": {"checkpoint", "data", "diffusion", "evals", "load"},
-    "text_flags": {"data", "load", "sharding"},
+    "text_flags": {"data", "distributed", "load", "sharding"},
     "weights": LEAVES | {"networks", "checkpoint", "convert"},
     "evals": LEAVES | {"data", "models", "diffusion", "networks", "sharding", "images", "randomness"},
     "load": LEAVES | {"autoencoder", "checkpoint", "images", "networks", "optim", "sharding", "weights", "data", "evals", "diffusion"},

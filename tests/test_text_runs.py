@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import pathlib
 import sys
 
@@ -18,7 +17,6 @@ import texts
 import tiny
 from sim_jax import autoencoder, experiment, load, networks, param_table, sample, train, weights
 from sim_jax.data import captions, embed_prompts, encoders
-from sim_jax.types import Cond
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 from configs import common  # noqa: E402
@@ -29,28 +27,10 @@ TINY = ("--config.network.img_resolution=8", "--config.run.panel_images=0")
 GENERATOR_WORDS = ["a red square", "two green circles", "a blue square left of a red circle"]
 
 
-class TextNetwork(networks.Network):
-    """A network with one hidden layer over pixels and the mean caption in place of the described one: traced and compiled in a moment."""
-
-    def init(self, key):
-        pixels = math.prod(self.image_shape)
-        shapes = {"enc": (pixels, 16), "text": (self.text_dim, 16), "dec": (16, pixels)}
-        return {name: {"weight": jax.random.normal(k, shape) / shape[0] ** 0.5}
-                for k, (name, shape) in zip(jax.random.split(key, 3), shapes.items())}
-
-    def denoise(self, params, x, sigma, cond=Cond(), *, dropout_keys=None):
-        flat, s = x.reshape(x.shape[0], -1), sigma[:, None]
-        hidden = flat / jnp.sqrt(s**2 + 1) @ params["enc"]["weight"]
-        if cond.text is not None:  # None is the null caption
-            valid = cond.text_mask[:, :, None].astype(jnp.float32)
-            hidden += (cond.text.astype(jnp.float32) * valid).sum(1) / valid.sum(1) @ params["text"]["weight"]
-        return ((flat + s * (jnp.tanh(hidden) @ params["dec"]["weight"])) / (s**2 + 1)).reshape(x.shape)
-
-
 @pytest.fixture
 def small(monkeypatch):
     build = networks.build
-    monkeypatch.setattr(networks, "build", lambda *args, **knobs: TextNetwork(**vars(build(*args, **knobs))))
+    monkeypatch.setattr(networks, "build", lambda *args, **knobs: texts.TextNetwork(**vars(build(*args, **knobs))))
     before = jax.config.jax_persistent_cache_min_compile_time_secs
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # every run compiles the same programs
     yield
@@ -131,8 +111,8 @@ def test_bad_captions_are_one_line_before_anything_compiles(tmp_path, capsys, em
 def test_text_where_no_network_takes_it_and_none_where_it_does(tmp_path, capsys):
     assert runs.train("digits.py", tmp_path / "run", "--config.text.path=builtin:scenes", "--config.teacher.path=random:0") == 2
     assert "error: text.path: got 'builtin:scenes', allowed with SongUNet: nothing, it takes no text" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="captions: got none, allowed: captions, since the network takes text"):
-        load.Generator(*_loaded(SPEC)).sample(1)
+    with pytest.raises(ValueError, match="captions: got none, allowed: captions, since the network has no null caption"):
+        load.Generator(*_loaded({**SPEC, "caption_tokens": 0})).sample(1)
     with pytest.raises(ValueError, match="captions: got some, allowed: none, since the network takes no text"):
         generator = load.load_generator("builtin:digits", num_steps=1)
         generator.sampler(generator.loaded.params, seed=0, count=1, text=texts.made())

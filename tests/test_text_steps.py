@@ -14,33 +14,34 @@ from sim_jax import networks, sharding, steps
 from sim_jax.recipe import Guidance
 
 NET = networks.build({**texts.NETWORK, "label_dropout": 0.0})
+FAST = texts.TextNetwork(**vars(NET))
 GUIDED = Guidance(teacher=4.5)
 
 
 @functools.cache
-def _made(devices: int = 1, method: str = "sim", micro_batches: int = 1):
-    return tiny.placed(NET, devices=devices, method=method, guidance=GUIDED, micro_batches=micro_batches)
+def _made(net, devices: int, method: str, micro_batches: int):
+    return tiny.placed(net, devices=devices, method=method, guidance=GUIDED, micro_batches=micro_batches)
 
 
-def _step(batch, *, devices: int = 1, method: str = "sim", micro_batches: int = 1, count: int = 1):
-    made, state, teacher, step = _made(devices, method, micro_batches)
+def _step(batch, *, net=FAST, devices: int = 1, method: str = "sim", micro_batches: int = 1, count: int = 1):
+    made, state, teacher, step = _made(net, devices, method, micro_batches)
     state = jax.tree.map(lambda a: a.copy(), state)
     placed = {name: sharding.place(value, made.layout.batch) for name, value in batch.items()}
     return tiny.run(step, state, teacher, count=count, batches=[placed] * count)
 
 
 def test_both_turns_see_the_captions_and_nothing_sees_the_padding():
-    first, figures = _step(texts.rows(8))
+    first, figures = _step(texts.rows(8), net=NET)
     other = texts.rows(8)
     other["text"] = other["text"][::-1].copy()
     other["text_mask"] = other["text_mask"][::-1].copy()
-    changed, _ = _step(other)
+    changed, _ = _step(other, net=NET)
     for role in ("fake_score", "generator"):  # each one's gradient depends on its captions
         moved = tiny.difference(getattr(changed, role).params, getattr(first, role).params)
         assert moved > 1e-4, role
     noisy = texts.rows(8)
     noisy["text"] = noisy["text"] + 100 * ~noisy["text_mask"][:, :, None]
-    same, again = _step(noisy)
+    same, again = _step(noisy, net=NET)
     assert tiny.difference(same.generator.params, first.generator.params) == 0 and again == figures
 
 
@@ -64,8 +65,8 @@ def test_label_dropout_puts_the_null_caption_in_the_captions_place():
     keys = jax.random.split(jax.random.key(0), 8)
     params, x, sigma = tiny.random_params(NET.shapes()), np.ones((8, 8, 8, 3), np.float32), np.ones(8, np.float32)
     cond = steps.condition({"class": np.zeros(8, np.int32), **texts.rows(8)}, 0)
-    with_keys, without = (dropping.denoise(params, x, sigma, cond, dropout_keys=k) for k in (keys, None))
-    null = dropping.denoise(params, x, sigma, cond._replace(text=None))
+    run = jax.jit(lambda cond, keys: dropping.denoise(params, x, sigma, cond, dropout_keys=keys))
+    with_keys, without, null = run(cond, keys), run(cond, None), run(cond._replace(text=None), None)
     same_as_null = np.array([np.allclose(a, b, atol=1e-6) for a, b in zip(with_keys, null)])
     kept = np.array([np.allclose(a, b, atol=1e-6) for a, b in zip(with_keys, without)])
     assert same_as_null.sum() >= 5 and (same_as_null ^ kept).all()

@@ -54,6 +54,8 @@ class PixelNet:
     def spec(self) -> dict:
         return {"dropout": self.dropout, "label_dropout": 0.0}
 
+    text_dim = text_tokens = 0
+
     @property
     def image_shape(self) -> tuple[int, int, int]:
         return (self.size, self.size, 1)

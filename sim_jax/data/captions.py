@@ -20,6 +20,7 @@ from sim_jax.data.encoders import Encoder
 
 BUILTIN = {"scenes": "sim_jax.data.scenes_text"}  # name: the module whose `open_captions(part)` makes them, an ArrayCaptions
 _BUILTIN = "builtin:"
+_MEMORY = 4 << 30  # bytes of captions that are encoded without a directory
 _MANY, _AT_ONCE = 4096, 64  # prompts whose tokens are counted, and whose states are computed, at a time
 
 
@@ -111,11 +112,14 @@ def cut(encoder: Encoder, prompts: Sequence[str]) -> tuple[int, str | None]:
 def encoded(encoder: Encoder, prompts: Sequence[str]) -> ArrayCaptions:
     """Prompts as `encoder` (see `encoders`) reads them, now and in memory, with the empty prompt beside them.
 
-    Raises: ValueError for no prompts.
+    Raises: ValueError for no prompts, or more than 4 GiB of them.
     """
     prompts = list(prompts)
     if not prompts:
         raise ValueError("prompts: got none, allowed: at least one")
+    most = _MEMORY // (4 * encoder.max_tokens * encoder.width)
+    if len(prompts) > most:
+        raise ValueError(f"prompts: got {len(prompts)}, allowed: {most} at once; more by sim_jax.data.embed_prompts, and then as captions")
     given = [*prompts, ""]
     parts = [encoder.encode(given[start: start + _AT_ONCE]) for start in range(0, len(given), _AT_ONCE)]
     states, mask = (np.concatenate(arrays) for arrays in zip(*parts))

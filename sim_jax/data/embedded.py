@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import os
 import pathlib
 import struct
 import threading
@@ -28,6 +29,7 @@ import numpy as np
 FORMAT = 1
 MANIFEST, NULL = "manifest.json", "null.array_record"
 _HEAD = struct.Struct("<IIII")
+_OPEN = 256  # files that may stay open; systems allow 1024
 _MANIFEST_KEYS = {"format": int, "encoder": str, "width": int, "max_tokens": int, "count": int, "shards": list}
 
 
@@ -61,15 +63,17 @@ def write_shard(path: pathlib.Path, records: Iterable[bytes]) -> None:
     for record in records:
         writer.write(record)
     writer.close()
+    with open(part, "rb+") as file:
+        os.fsync(file.fileno())
     part.replace(path)
 
 
 class Shard:
-    """Records of one file by number; safe to share between threads."""
+    """Records of one file by number; safe to share between threads. `keep` leaves the file open between reads."""
 
-    def __init__(self, path: pathlib.Path, count: int):
-        self._path, self._lock, self._reader = path, threading.Lock(), None
-        self.count = count
+    def __init__(self, path: pathlib.Path, count: int, *, keep: bool = False):
+        self.path, self.count, self._keep = path, count, keep
+        self._lock, self._reader = threading.Lock(), None
 
     def read(self, index: Sequence[int]) -> list[bytes]:
         """Raises: ValueError for a file that is missing, damaged or of another length."""
@@ -78,15 +82,19 @@ class Shard:
         with self._lock:
             try:
                 if self._reader is None:
-                    if not self._path.is_file():
+                    if not self.path.is_file():
                         raise ValueError("it does not exist")
-                    reader = array_record_module.ArrayRecordReader(str(self._path), "readahead_buffer_size:0")
+                    reader = array_record_module.ArrayRecordReader(str(self.path), "readahead_buffer_size:0")
                     if reader.num_records() != self.count:
                         raise ValueError(f"{reader.num_records()} records instead of {self.count}")
                     self._reader = reader
-                return self._reader.read([int(i) for i in index])
+                records = self._reader.read([int(i) for i in index])
+                if not self._keep:
+                    self._reader.close()
+                    self._reader = None
+                return records
             except (ValueError, RuntimeError, OSError, IndexError) as error:
-                raise ValueError(f"{self._path} cannot be read ({_short(error)}); delete it and run embed_prompts again") from None
+                raise ValueError(f"{self.path} cannot be read ({_short(error)}); delete it and run embed_prompts again") from None
 
 
 def _short(error: Exception) -> str:
@@ -116,7 +124,8 @@ class EmbeddedCaptions:
 
     @functools.cached_property
     def _shards(self) -> list[Shard]:
-        return [Shard(self.path / entry["file"], entry["count"]) for entry in self.manifest["shards"]]
+        entries = self.manifest["shards"]
+        return [Shard(self.path / entry["file"], entry["count"], keep=len(entries) <= _OPEN) for entry in entries]
 
     @functools.cached_property
     def _starts(self) -> list[int]:
@@ -127,12 +136,11 @@ class EmbeddedCaptions:
         return self._unpack(Shard(self.path / NULL, 1), [0])[0][1][None]
 
     def _unpack(self, shard: Shard, index: Sequence[int]) -> list[tuple[str, np.ndarray]]:
+        records = shard.read(index)
         try:
-            return [unpack(record, self.width) for record in shard.read(index)]
-        except (ValueError, UnicodeDecodeError) as error:
-            if "cannot be read" in str(error):
-                raise
-            raise ValueError(f"{shard._path} cannot be read ({error}); delete it and run embed_prompts again") from None
+            return [unpack(record, self.width) for record in records]
+        except ValueError as error:
+            raise ValueError(f"{shard.path} cannot be read ({error}); delete it and run embed_prompts again") from None
 
     def records(self, index: Sequence[int] | np.ndarray) -> list[tuple[str, np.ndarray]]:
         """(prompt, states [n,D] bfloat16) of captions `index`. Raises: ValueError for a damaged shard."""

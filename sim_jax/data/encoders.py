@@ -90,17 +90,15 @@ def _open_t5(path: pathlib.Path, max_tokens: int, dtype: str, key: str) -> T5:
         raise ValueError(f"{key}: got {str(path)!r}, which is no directory; allowed: one with a T5 and its tokenizer, "
                          f"{', '.join(_BUILTIN + known for known in BUILTIN)}")
     parts = [path / name if (path / name).is_dir() else path for name in ("text_encoder", "tokenizer")]
-    for file in ("config.json",):
-        if not (parts[0] / file).is_file():
-            raise ValueError(f"{key}: got {str(path)!r}, which has no {file}; allowed: a directory with a T5 and its tokenizer")
+    if not (parts[0] / "config.json").is_file():
+        raise ValueError(f"{key}: got {str(path)!r}, which has no config.json; allowed: a directory with a T5 and its tokenizer")
     try:
         import torch
         import transformers
     except ImportError as error:
         raise ValueError(f"{key}: {str(path)!r} needs the library {error.name!r}; {_EXTRA}") from None
     transformers.logging.set_verbosity_error()
-    if transformers.utils.logging.is_progress_bar_enabled():
-        transformers.utils.logging.disable_progress_bar()
+    transformers.logging.disable_progress_bar()
     try:
         model = transformers.T5EncoderModel.from_pretrained(parts[0], dtype=getattr(torch, dtype), local_files_only=True)
         tokenizer = transformers.AutoTokenizer.from_pretrained(parts[1], local_files_only=True)

@@ -2,8 +2,8 @@
 
     1  every pixel gets the nearest colour of the palette or of the background
     2  connected pixels of one colour (sharing a side) are an object, unless there are fewer than SPECK of them
-    3  an object's shape, size and place are those of the drawn shape, of all sizes at all places, that it overlaps best (intersection over
-       union); below MATCH it has no shape, which agrees with no caption
+    3  an object's shape and place are those of the drawn shape, at all places, that it overlaps best (intersection over union); below
+       MATCH it has no shape, which agrees with no caption
 
 A clean drawing is read without error: its objects are at least a pixel apart, and each is its own best template (union 1). Attributes:
 
@@ -33,34 +33,29 @@ ATTRIBUTES = ("count", "colour", "shape", "relation", "all")
 
 
 class Object(NamedTuple):
-    """colour; shape, None where no template fits; size, x, y: of the best template's box; overlap: with it, 0 to 1."""
+    """colour; shape, None where no template fits; x, y: left and top of the best template's box; overlap: with it, 0 to 1."""
 
     colour: str
     shape: str | None
-    size: int
     x: int
     y: int
     overlap: float
 
 
 @functools.cache
-def _templates() -> tuple[np.ndarray, list[tuple[str, int, int, int]]]:
-    """Every shape at every size and place: pixels [T,256] float32, and (shape, size, x, y) of each."""
-    pixels, names = [], []
-    for shape in SHAPES:
-        for size in scenes.SIZES:
-            for y in range(scenes.RESOLUTION - size + 1):
-                for x in range(scenes.RESOLUTION - size + 1):
-                    canvas = np.zeros((scenes.RESOLUTION,) * 2, np.float32)
-                    canvas[y:y + size, x:x + size] = scenes.template(shape, size)
-                    pixels.append(canvas.ravel())
-                    names.append((shape, size, x, y))
-    return np.stack(pixels), names
+def _templates() -> tuple[np.ndarray, list[tuple[str, int, int]]]:
+    """Every shape at every place: pixels [T,256] float32, and (shape, x, y) of each."""
+    places = range(scenes.RESOLUTION - scenes.SIZE + 1)
+    names = [(shape, x, y) for shape in SHAPES for y in places for x in places]
+    pixels = np.zeros((len(names), scenes.RESOLUTION, scenes.RESOLUTION), np.float32)
+    for canvas, (shape, x, y) in zip(pixels, names):
+        canvas[y:y + scenes.SIZE, x:x + scenes.SIZE] = scenes.template(shape)
+    return pixels.reshape(len(names), -1), names
 
 
 def colours(images: np.ndarray) -> np.ndarray:
     """The nearest of background (0) and COLOURS (from 1) at every pixel: uint8 [N,H,W,3] -> int [N,H,W]."""
-    palette = np.array([(scenes.BACKGROUND,) * 3, *COLOURS.values()], np.float32)
+    palette = np.array([scenes.GROUND, *COLOURS.values()], np.float32)
     # |p - c|^2 without |p|^2, which is the same for all
     return np.argmin(np.sum(palette**2, 1) - 2 * images.astype(np.float32) @ palette.T, -1)
 
@@ -98,8 +93,8 @@ def read(images: np.ndarray) -> list[list[Object]]:
     overlaps = shared / (masks.sum(1)[:, None] + templates.sum(1)[None] - shared)
     best = overlaps.argmax(1)
     for k, (n, number) in enumerate(zip(image, colour)):
-        (shape, size, x, y), overlap = names[best[k]], float(overlaps[k, best[k]])
-        out[n].append(Object(list(COLOURS)[number - 1], shape if overlap >= MATCH else None, size, x, y, overlap))
+        (shape, x, y), overlap = names[best[k]], float(overlaps[k, best[k]])
+        out[n].append(Object(list(COLOURS)[number - 1], shape if overlap >= MATCH else None, x, y, overlap))
     return out
 
 
@@ -108,9 +103,8 @@ def _related(found: Sequence[Object], caption: Caption) -> bool:
     pairs = [(a, b) for a in kinds[0] for b in kinds[1]]
     if not pairs:
         return False
-    size, x, y = (np.array([[getattr(o, name) for o in pair] for pair in pairs]) for name in ("size", "x", "y"))
-    relation = np.full(len(pairs), RELATIONS.index(caption.relation))
-    return bool(scenes.stands(relation, *scenes.displacement(size, x, y)).any())
+    x, y = (np.array([getattr(b, axis) - getattr(a, axis) for a, b in pairs]) for axis in ("x", "y"))
+    return bool(scenes.stands(np.full(len(pairs), RELATIONS.index(caption.relation)), x, y).any())
 
 
 def judge(found: Sequence[Object], caption: Caption) -> dict[str, bool]:

@@ -107,7 +107,8 @@ class ImageSampler:
                  batch_per_device: int = 128, finish: Callable[[np.ndarray], np.ndarray] = images.to_uint8,
                  decode: Decode | None = None):
         self.spec, self.latents, self._finish = spec, latents, finish
-        self._text_dim, self._decode = network.text_dim, decode or (lambda images: images)
+        self._text_dim, self._null_caption = network.text_dim, network.text_tokens > 0
+        self._decode = decode or (lambda images: images)
         self.image_shape = network.image_shape if decode is None else decode.image_shape
         self._batch = batch_per_device * (1 if layout.mesh is None else layout.mesh.size)
 
@@ -142,12 +143,13 @@ class ImageSampler:
     def _told(self, index: np.ndarray, classes: np.ndarray, text: Captions | None) -> dict[str, Array]:
         """What samples are conditioned on, row by row."""
         text = self.latents.captions if text is None else text
-        if bool(self._text_dim) != (text is not None):
-            raise ValueError("captions: got none, allowed: captions, since the network takes text" if text is None else
-                             "captions: got some, allowed: none, since the network takes no text")
         told = {"class": jnp.asarray(classes, jnp.int32)}
         if text is None:
+            if self._text_dim and not self._null_caption:
+                raise ValueError("captions: got none, allowed: captions, since the network has no null caption")
             return told
+        if not self._text_dim:
+            raise ValueError("captions: got some, allowed: none, since the network takes no text")
         states, mask = text.text(np.asarray(index) % len(text))
         if states.shape[2] != self._text_dim:
             raise ValueError(f"captions: got {states.shape[2]} channels ({text.encoder}), allowed: {self._text_dim}")
@@ -179,9 +181,10 @@ class ImageSampler:
         Args:
           params: on the layout's devices.
           classes: one per sample; None draws them by (seed, index).
-          text: captions, of which sample i has number i mod their number; None: the latents' own.
+          text: captions, of which sample i has number i mod their number; None: the latents' own or, where there are none, the network's null
+            caption.
           progress: called with the number of images done.
-        Raises: ValueError where the network takes text and there is none, or text of another width.
+        Raises: ValueError for text of another width, for a network that takes none, and without any for one that has no null caption.
         """
         index = np.arange(start, start + count)
         classes = self.latents.classes_of(seed, index) if classes is None else np.asarray(classes, np.int32)

@@ -52,8 +52,8 @@ def pixel_distance(images: np.ndarray) -> float:
 
 
 def _spread(images: np.ndarray) -> float:
-    """Standard deviation of the recognised objects' centres about their mean, in pixels; 0 where fewer than two are recognised."""
-    centres = np.array([(o.x + o.size / 2, o.y + o.size / 2) for found in adherence.read(images) for o in found if o.shape])
+    """Standard deviation of the recognised objects' places about their mean, in pixels; 0 where fewer than two are recognised."""
+    centres = np.array([(o.x, o.y) for found in adherence.read(images) for o in found if o.shape])
     return float(np.sqrt(centres.var(0).mean())) if len(centres) > 1 else 0.0
 
 
