@@ -23,7 +23,7 @@ def get_config(arg=None):
     config.text.eval_path = "builtin:scenes"
     config.run.update(log_every=100, probe_every=1000, sample_every=4000, save_every=2000, batch_per_device=100)
     if words["job"] == "teacher":
-        config.total_kimg = 900.0
+        config.total_kimg = 360.0
         config.batch_size = 32
         config.data.name = "scenes"
         config.objective.weighting = "eps"
@@ -33,16 +33,16 @@ def get_config(arg=None):
         config.ema.halflife_kimg = (10.0,)
     else:
         config.teacher.guidance = 2.0
-        config.total_kimg = 120.0
+        config.total_kimg = 320.0
         config.batch_size = 32
         config.text.path = "builtin:scenes"
-        config.objective.update(c=1.0, weighting="sid")
+        config.objective.update(c=0.7, weighting="sid")
         config.generator.noise.update(u_min=0.15, u_max=0.65)
-        config.fake_score.noise.P_mean = 0.0
+        config.fake_score.noise.P_mean = 0.3
         config.fake_score.loss.weighting = "eps"
-        for section, lr in ((config.generator, 2e-4), (config.fake_score, 1e-3)):
+        for section, lr in ((config.generator, 2.5e-4), (config.fake_score, 7e-4)):
             section.optimizer.update(lr=lr, schedule="linear", final_fraction=0.02)
-        config.ema.update(halflife_kimg=(3.0,), rampup=0.3)
+        config.ema.update(halflife_kimg=(5.0,), rampup=0.3)
     if words["size"] == "tiny":
         common.shrink_run(config)
     return config

@@ -55,6 +55,18 @@ def make(config: ConfigDict, topology: Topology, *, estimate: str = "auto", effo
     return plan | {"fits": plan["peak"] <= _FILL * plan["memory"]}
 
 
+def largest(config: ConfigDict, topology: Topology) -> int:
+    """How many images a device can hold at a time, by arithmetic; 0: not one."""
+    def peak(images: int) -> int:
+        changed = copy.deepcopy(config)
+        changed.update(batch_size=images * topology.count, max_batch_per_device=0)
+        built = build(changed, topology, compiled=False)
+        return sum(_states(built).values()) + sum(footprint.temporaries(built.recipe, built.shapes).values())
+
+    one, two = peak(1), peak(2)
+    return max(int((_FILL * topology.memory - one) // (two - one)) + 1, 0)
+
+
 def build(config: ConfigDict, topology: Topology, *, compiled: bool) -> Experiment:
     """The experiment on the topology's own devices, or on stand-ins for them."""
     devices = topologies.tpu_devices(topology) if compiled else topologies.stand_ins(topology.count)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import gc
 import itertools
 import pathlib
 import signal
@@ -131,7 +132,10 @@ class _Run:
         """From step `first` to the report. Returns the exit code."""
         with MetricWriter(self.workdir, start_step=first, enabled=distributed.is_first()) as writer:
             show = showcase.Showcase(self.experiment, self.workdir, writer, teacher_params)
-            code, state = self._loop(first, state, pace, teacher_params, drawn, step_fn, clock, writer, show)
+            try:
+                code, state = self._loop(first, state, pace, teacher_params, drawn, step_fn, clock, writer, show)
+            finally:
+                gc.unfreeze()
             if code:
                 return code
             self.signals.all_is_saved = True
@@ -180,6 +184,9 @@ class _Run:
             done = step + 1
             if block or step == first:
                 jax.block_until_ready(metrics)
+            if step == first:  # what tracing has left stays: Python would look at all of it again and again, a tenth of a fast step's time
+                gc.collect()
+                gc.freeze()
             metrics = monitor.add(done, metrics)
             clock.count(config.batch_size)
             kimg = done * config.batch_size / 1000

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import itertools
+import zlib
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from sim_jax.data import encoders, make_source, pipeline, scene_captions, scenes
 from sim_jax.data.scene_captions import COLOURS, HELD_KINDS, HELD_PAIRS, KINDS, RELATIONS
 
 COUNT = 4000
-FIRST_CAPTION, FIRST_SUM, STATES_SUM = "a green triangle and a yellow circle", 4718280, 14883.065
+FIRST_CAPTION, CHECKSUM, STATES_SUM = "a green triangle and a yellow circle", 3336713083, 14883.065
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +68,7 @@ def test_a_scene_depends_on_seed_and_index_alone():
         np.testing.assert_array_equal(same, captions[index])
     assert (scenes.draw(4, np.arange(50))[0] != images).any((1, 2, 3)).all()
     # What it has drawn since the first version: a change here changes every figure that was measured.
-    assert scene_captions.captions()[captions[0]].text == FIRST_CAPTION and images.astype(np.int64).sum() == FIRST_SUM
+    assert scene_captions.captions()[captions[0]].text == FIRST_CAPTION and zlib.crc32(images.tobytes()) == CHECKSUM
 
 
 def test_drawings_are_what_their_captions_say(drawn):
@@ -94,8 +95,8 @@ def test_captions_leave_places_open(drawn):
     placed, _ = drawn
     one = np.array([len(c.objects) == 1 for c in scene_captions.captions()])[placed.caption]
     places = collections.Counter(zip(placed.x[one, 0], placed.y[one, 0]))
-    assert set(places) == set(itertools.product(range(0, 11, 2), repeat=2))
-    expected = one.sum() / 36
+    assert set(places) == set(itertools.product((1, 5, 9), repeat=2))
+    expected = one.sum() / 9
     assert all(abs(count - expected) < 5 * expected**0.5 for count in places.values())
 
 

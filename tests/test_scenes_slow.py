@@ -1,7 +1,6 @@
-"""configs/scenes.py in half of its time: a teacher of scenes, then its SIM student in one call, by the commands of its docstring.
+"""configs/scenes.py as its docstring says, 50 minutes of one core: a teacher of scenes, then its SIM student in one call, and their report.
 
-Processes of their own, on the devices that a user's would have. The bounds lie between untrained networks, which agree with no caption, and
-what runs of these lengths reach.
+Processes of their own, on one device. Untrained networks agree with no caption; what these runs reach is in the README.
 """
 
 from __future__ import annotations
@@ -26,11 +25,20 @@ def _run(module: str, *arguments: str) -> None:
     assert done.returncode == 0, done.stderr[-4000:]
 
 
-def test_teacher_and_student_draw_what_captions_say(tmp_path):
+def check(report: dict) -> None:
+    """The student adheres as the guided teacher does, up to five points, in one call, and keeps the variety that captions leave open."""
+    teacher, student, drawings = (report[name] for name in ("teacher", "generator", "drawings"))
+    assert drawings["seen"]["all"] == drawings["held_out_pairs"]["all"] == 1.0
+    assert student["calls"] == 1 and teacher["calls"] == 70  # 35, each guided
+    assert teacher["seen"]["all"] > 0.5
+    for name in ("count", "colour", "shape", "relation", "all"):
+        assert student["seen"][name] > teacher["seen"][name] - 0.05, name
+    assert student["diversity"]["pixels"] > 0.8 and student["diversity"]["places"] > 0.8
+
+
+def test_the_student_draws_what_captions_say_as_the_teacher_does(tmp_path):
     teacher, student, out = tmp_path / "teacher", tmp_path / "student", tmp_path / "scenes.json"
-    _run("main", "--config=configs/scenes.py:teacher", f"--workdir={teacher}", "--config.total_kimg=500")
-    _run("main", "--config=configs/scenes.py", f"--workdir={student}", f"--config.teacher.path={teacher}", "--config.total_kimg=60")
-    _run("scene_report", f"--workdir={student}", "--num=500", f"--out={out}")
-    report = json.loads(out.read_text())
-    assert report["drawings"]["seen"]["all"] == 1.0
-    assert report["generator"]["calls"] == 1
+    _run("main", "--config=configs/scenes.py:teacher", f"--workdir={teacher}")
+    _run("main", "--config=configs/scenes.py", f"--workdir={student}", f"--config.teacher.path={teacher}")
+    _run("scene_report", f"--workdir={student}", "--num=1000", f"--out={out}")
+    check(json.loads(out.read_text()))

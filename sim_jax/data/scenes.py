@@ -20,7 +20,7 @@ from sim_jax.data.scene_captions import COLOURS, RELATIONS, SHAPES, Caption
 
 RESOLUTION = 16
 SIZE = 6            # pixels across a shape
-GRID = 2            # places are multiples of it
+PLACES = (1, 5, 9)  # where the box around a shape may begin, across and down
 MOST = 3            # shapes in a scene
 SCENES = 131072     # that a data set has
 GROUND = (128, 128, 128)
@@ -73,8 +73,7 @@ def place(seed: int, index: np.ndarray, caption: np.ndarray) -> Scenes:
     while len(left):
         def draw_places(axis: int) -> np.ndarray:
             purposes = (16 * (MOST * attempt + j) + axis for j in range(MOST))
-            places = [scene_captions.below(seed, index[left], purpose, (RESOLUTION - SIZE) // GRID + 1) for purpose in purposes]
-            return GRID * np.stack(places, 1)
+            return np.stack([np.array(PLACES)[scene_captions.below(seed, index[left], purpose, len(PLACES))] for purpose in purposes], 1)
 
         x, y = draw_places(3), draw_places(4)
         fits = _fits(caption[left], x, y)
