@@ -123,7 +123,7 @@ def refused_run(refused, tmp_path, teacher):
     (["--config.generator.sigmas=(2.5,1.0)", "--config.generator.inputs=data"], ["data.name: got 'none'"]),
     (["--config.fake_score.turns=other"], ["fake_score.turns: got 'other' with fake_score.updates 1, allowed: 'every'"]),
     (["--config.fake_score.images=same"], ["fake_score.images: got 'same', allowed: fresh, shared"]),
-    (["--config.teacher.guidance=2.0"], ["teacher.guidance: got 2, allowed: 1, or with a class-conditional teacher trained with label"]),
+    (["--config.teacher.guidance=2.0"], ["teacher.guidance: got 2, allowed: 1, or with a class- or text-conditional teacher trained with label"]),
     (["--config.fake_score.guidance=2.0"], ["fake_score.guidance: got 2, allowed: 1"]),
     (["--config.teacher.guidance_interval=(3.0,)"], ["teacher.guidance_interval: got (3.0,), allowed: (sigma_lo, sigma_hi) or ()"]),
     (["--config.regression.weight=1.0", "--config.regression.distance=lpips"], ["regression.distance: got 'lpips', allowed: pseudo_huber"]),

@@ -50,7 +50,7 @@ def _args(**changes):
 
 
 def _loaded(plan=None, label_dim=0):
-    return types.SimpleNamespace(few_step=plan, network=types.SimpleNamespace(label_dim=label_dim))
+    return types.SimpleNamespace(few_step=plan, network=types.SimpleNamespace(label_dim=label_dim, text_dim=0, text_tokens=0))
 
 
 def test_flags_become_samplers():

@@ -134,9 +134,21 @@ def test_the_committed_table_is_what_its_plans_say():
     plans = json.loads((folder / "plans.json").read_text())
     assert (folder / "plans.md").read_text() == plan_table.markdown(plans)
     wanted = {f"{title} on {where}" for title, _, _, places in plan_table.ROWS for where in places}
+    batches = {title: [plans.pop(f"largest: {title} on {where}")["largest"] for where in plan_table.ONE] for title, *_ in plan_table.LARGEST}
     assert set(plans) == wanted
     for made in plans.values():
         assert made["fits"] == (made["peak"] <= 0.95 * made["memory"]) and np.isfinite(made["peak"])
+    for run in ("CIFAR-10, SIM", "ImageNet-64, SIM"):
+        assert batches[f"{run}, float32, none"] < batches[f"{run}, float32, blocks"] < batches[f"{run}, bfloat16, blocks"]
+    assert all(one < two < three for one, two, three in batches.values())
+
+
+def test_the_largest_batch_just_fits():
+    topology, changed = topologies.parse("v5e:1x1"), config()
+    largest = planning.largest(changed, topology)
+    for images, fits in ((largest, True), (largest + 1, False)):
+        changed.update(batch_size=images, max_batch_per_device=0)
+        assert planning.make(changed, topology, estimate="arithmetic")["fits"] == fits
 
 
 @pytest.mark.slow

@@ -41,16 +41,22 @@ def _steps(workdir) -> list[int]:
     return [json.loads(line)["step"] for line in (workdir / "metrics.jsonl").read_text().splitlines() if "seconds" in json.loads(line)]
 
 
-def test_teacher_and_student_train(teacher, student):
-    assert set(_steps(teacher)) >= {1, 2} and set(_steps(student)) >= {1, 2}
+def test_the_teacher_trains(teacher):
+    assert set(_steps(teacher)) >= {1, 2}
+
+
+@pytest.mark.slow
+def test_the_student_trains(student):
+    assert set(_steps(student)) >= {1, 2}
     record = json.loads((student / "config.json").read_text())
     assert record["config"]["teacher"]["guidance"] > 1 and record["config"]["text"]["path"] == "builtin:scenes"
     generator = load.load_generator(student)
     images = generator.sample(prompts=["a red square", "a blue circle"], encoder="builtin:scenes")
     assert images.shape == (2, 16, 16, 3) and images.dtype == np.uint8
-    assert (generator.sample(text=captions.open_captions("builtin:scenes:held_out"), num=2) != images).any()
+    assert generator.sample(text=captions.open_captions("builtin:scenes:held_out"), num=3).shape == (3, 16, 16, 3)
 
 
+@pytest.mark.slow
 def test_the_report_measures_both_and_the_drawings(student, tmp_path, capsys):
     out, grid = tmp_path / "scenes.json", tmp_path / "scenes.png"
     arguments = [f"--workdir={student}", "--num=100", "--steps=3", "--batch=50", f"--out={out}", f"--grid={grid}"]
@@ -71,7 +77,7 @@ def test_the_report_measures_both_and_the_drawings(student, tmp_path, capsys):
     ("sim,tiny", ["--config.data.name=scenes"], "data.name: got 'scenes', allowed with method 'sim': none, it needs no images"),
     ("sim,tiny", ["--config.text.path=builtin:scene"], "text.path: got 'builtin:scene', allowed: a directory, builtin:scenes"),
     ("teacher,tiny", ["--config.network.caption_channels=16"], "data.name: got captions of 32 channels (builtin:scenes), allowed: 16"),
-    ("teacher,tiny", ["--config.network.caption_tokens=4"], "data.name: got captions of 9 tokens, allowed: 4"),
+    ("teacher,tiny", ["--config.network.caption_tokens=4"], "got captions of 9 tokens, allowed: 4, what the network takes"),
     ("teacher,tiny", ["--config.network.img_resolution=32"], "resolution: got 16x16 images in scenes, allowed: 32x32"),
     ("teacher,tiny", ["--config.data.path=x"], "data.path: got 'x', allowed with 'scenes': max_size"),
 ])
