@@ -79,12 +79,11 @@ def explain(config: ConfigDict, overrides: Sequence[str], error: Exception) -> s
         section: Any = config
         path = dotted.split(".")
         for i, part in enumerate(path):
-            if not isinstance(section, ConfigDict):
-                return f"config.{dotted}: cannot be set"
-            if part not in section:
-                close = difflib.get_close_matches(part, sorted(section), 1)
+            allowed = sorted(section) if isinstance(section, ConfigDict) else []
+            if part not in allowed:
+                close = difflib.get_close_matches(part, allowed, 1)
                 hint = f" (did you mean {'.'.join([*path[:i], close[0]])!r}?)" if close else ""
                 where = f"config.{'.'.join(path[:i])}" if i else "config"
-                return f"config.{dotted}: unknown key{hint}; allowed in {where}: {', '.join(sorted(section))}"
+                return f"config.{dotted}: unknown key{hint}; allowed in {where}: {', '.join(allowed)}"
             section = section[part]
     return f"config: {error}"

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -278,19 +277,3 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") ->
         a = {} if a is None and isinstance(b, Mapping) else a  # a section that an earlier version did not have, and whose keys are None
         out += changes(a, b, name + ".") if isinstance(a, Mapping) and isinstance(b, Mapping) else [f"{name}: {a!r} -> {b!r}"]
     return out
-
-
-def explain_unknown(config: ConfigDict, dotted: str) -> str:
-    """The message for an override of a key that does not exist."""
-    section, path = config, dotted.split(".")
-    for i, part in enumerate(path):
-        if not isinstance(section, ConfigDict) or part not in section:
-            allowed = sorted(section) if isinstance(section, ConfigDict) else []
-            close = difflib.get_close_matches(part, allowed, 1)
-            hint = f" (did you mean {'.'.join([*path[:i], close[0]])!r}?)" if close else ""
-            where = f"config.{'.'.join(path[:i])}" if i else "config"
-            return f"config.{dotted}: unknown key{hint}; allowed in {where}: {', '.join(allowed)}"
-        section = section[part]
-    return f"config.{dotted}: cannot be set"
-
-

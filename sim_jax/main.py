@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import re
 import sys
-from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -64,26 +63,12 @@ def _parse(argv: list[str]) -> tuple[ConfigDict, flags.FlagValues, list[str]]:
     except flags.Error as error:
         raise ValueError(str(error)) from None
     except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(_explain(config, overrides, error)) from None
+        raise ValueError(config_file.explain(config, overrides, error)) from None
     if positional:
         raise ValueError(f"arguments: got {positional[0]!r}, allowed: --config=FILE --workdir=FOLDER --config.KEY=VALUE")
     if not values.workdir:
         raise ValueError(f"--workdir: missing; usage: {_USAGE}")
     return config, values, overrides
-
-
-def _explain(config: ConfigDict, overrides: list[str], error: Exception) -> str:
-    """Which override names a key that the config does not have, or cannot take."""
-    from sim_jax import experiment
-
-    for override in overrides:
-        dotted = re.sub(r"--?(no)?config\.", "", override.split("=")[0])
-        section: Any = config
-        for part in dotted.split("."):
-            if not isinstance(section, ConfigDict) or part not in section:
-                return experiment.explain_unknown(config, dotted)
-            section = section[part]
-    return f"config: {error}"
 
 
 def _process_flags(argv: list[str]) -> flags.FlagValues:
