@@ -60,42 +60,26 @@ def _load(args: argparse.Namespace, overrides: list[str]):
 
 
 def _batch(experiment) -> dict[str, Any] | None:
-    """Random images, labels and pairs, where the iteration takes any."""
+    """Random rows of whatever the iteration takes."""
     import jax
     import numpy as np
 
-    from sim_jax import cost, recipes
+    from sim_jax import planning
 
-    config, recipe, layout = experiment.config, experiment.recipe, experiment.layout
-    rng, size, shape = np.random.default_rng(0), experiment.config.batch_size, cost.text_shape(recipe.fake_score.network)
-
-    def place(**found):
-        return {name: jax.device_put(value, layout.batch) for name, value in found.items()}
-
-    def images(**more):
-        return place(image=rng.uniform(-1, 1, (size, *recipe.image_shape)).astype("float32"),
-                     label=rng.integers(0, max(recipe.label_dim, 1), size).astype("int32"), **more)
-
-    def captions():
-        if shape is None:
-            return {}
-        return place(text=rng.standard_normal((size, *shape), "float32").astype(jax.numpy.bfloat16), text_mask=np.ones((size, shape[0]), bool))
-
-    out = captions() | (images() if "data" in recipes.needs(config, recipe.objective) else {})
-    if recipe.regression is not None:
-        out["pair"] = captions() | images(index=np.arange(size, dtype="uint32"))
-    return out or None
+    rng, label_dim = np.random.default_rng(0), experiment.recipe.label_dim
+    draw = {"image": lambda shape: rng.uniform(-1, 1, shape), "label": lambda shape: rng.integers(0, max(label_dim, 1), shape),
+            "index": lambda shape: np.arange(*shape), "text": lambda shape: rng.standard_normal(shape, "float32"), "text_mask": np.ones}
+    *_, batch = planning.arguments(experiment)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, rows: jax.device_put(draw[path[-1].key](rows.shape).astype(rows.dtype), rows.sharding), batch)
 
 
 def _programs(experiment) -> dict[str, tuple[dict[str, bool], int]]:
     """{name: (turns, times in a cycle)} of the iteration's different programs."""
-    names = {(True, True): "critic + generator", (True, False): "critic", (False, True): "generator"}
-    cycle = [experiment.turns(experiment.start_steps + i) for i in range(experiment.config.fake_score.updates)]
-    found: dict[str, tuple[dict[str, bool], int]] = {}
-    for turn in cycle:
-        name = names[turn["update_critic"], turn["update_generator"]]
-        found[name] = turn, found.get(name, (turn, 0))[1] + 1
-    return found
+    from sim_jax import planning
+
+    cycle = planning.cycle(experiment)
+    return {planning.title(turn): (turn, cycle.count(turn)) for turn in cycle}
 
 
 def _compile(experiment, step_fn, arguments, turn) -> tuple[Any, dict[str, float]]:
@@ -147,10 +131,10 @@ def _memory(compiled) -> dict[str, int]:
     """Bytes on a device, as the compiler plans them and as the device has seen them."""
     import jax
 
-    planned = compiled.memory_analysis()
-    out = {"arguments": planned.argument_size_in_bytes, "temporaries": planned.temp_size_in_bytes,
-           "outputs": planned.output_size_in_bytes - planned.alias_size_in_bytes}
-    out["planned"] = sum(out.values())
+    from sim_jax import programs
+
+    out = programs.memory(compiled)
+    out["planned"] = out.pop("peak")
     seen = jax.local_devices()[0].memory_stats() or {}
     return out | ({"peak": seen["peak_bytes_in_use"]} if "peak_bytes_in_use" in seen else {})
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from sim_jax import cost, experiment, footprint, programs, topologies, train
+from sim_jax import cost, experiment, footprint, programs, recipes, topologies, train
 from sim_jax.experiment import Experiment
 from sim_jax.topologies import Topology
 
@@ -50,7 +50,7 @@ def make(config: ConfigDict, topology: Topology, *, estimate: str = "auto", effo
     plan |= {"arithmetic": parts, "peak": sum(plan["states"].values()) + sum(parts.values())}
     if estimate != "arithmetic":
         with optimisation(effort):
-            plan["programs"] = {_title(turn): compiled(built, turn) for turn in turns_to_compile(built)}
+            plan["programs"] = {title(turn): compiled(built, turn) for turn in turns_to_compile(built)}
         plan["peak"] = max(p["memory"]["peak"] for p in plan["programs"].values())
     return plan | {"fits": plan["peak"] <= _FILL * plan["memory"]}
 
@@ -93,7 +93,8 @@ def turns_to_compile(built: Experiment) -> list[Turn]:
     return [turn for turn in distinct if not any(inside(turn, other) for other in distinct)]
 
 
-def _title(turn: Turn) -> str:
+def title(turn: Turn) -> str:
+    """"critic", "generator" or "critic + generator"."""
     return " + ".join(name for name, moves in (("critic", turn["update_critic"]), ("generator", turn["update_generator"])) if moves)
 
 
@@ -102,7 +103,7 @@ def iterations(built: Experiment, made: Mapping[str, cost.Update]) -> dict[str, 
     turns, out = cycle(built), {}
     for turn in turns:
         flops = cost.iteration_flops(built.recipe, made, **turn) * built.recipe.batch_size / built.layout.mesh.size
-        entry = out.setdefault(_title(turn), {"share": 0.0, "flops": flops})
+        entry = out.setdefault(title(turn), {"share": 0.0, "flops": flops})
         entry["share"] += 1 / len(turns)
     return out
 
@@ -122,7 +123,7 @@ def arguments(built: Experiment) -> tuple[Any, ...]:
         shapes = {"image": (count, *built.recipe.image_shape)} | ({"text": (count, *text), "text_mask": (count, text[0])} if text else {})
         return {name: jax.ShapeDtypeStruct(shapes.get(name, (count,)), kind, sharding=layout.batch) for name, kind in kinds.items()}
 
-    data = built.recipe.adversary is not None or not built.distils or (built.recipe.inputs == "data" and len(built.recipe.plan.sigmas) > 1)
+    data = "data" in recipes.needs(built.config, built.recipe.objective)
     batch = rows(**captions, **({"image": jnp.float32, "label": jnp.int32} if data else {}))
     if built.recipe.regression is not None:
         batch["pair"] = rows(index=jnp.uint32, image=jnp.float32, label=jnp.int32, **captions)
