@@ -52,12 +52,13 @@ def write(out: str, *, effort: str, estimate: str) -> int:
             plans[key] = planning.make(config, topology, estimate=wanted, effort=effort, name=" ".join([name, *overrides]))
             _keep(plans, kept, out)
     for title, name, overrides in LARGEST:
-        for where in ONE:
-            if (key := f"largest: {title} on {where}") not in plans:
-                config = config_file.load(name)
-                config_file.override(config, list(overrides))
-                plans[key] = {"largest": planning.largest(config, topologies.parse(where))}
-                _keep(plans, kept, out)
+        places = {f"largest: {title} on {where}": topologies.parse(where) for where in ONE}
+        if not places.keys() <= plans.keys():
+            config = config_file.load(name)
+            config_file.override(config, list(overrides))
+            find = planning.largest_of(config, topologies.parse(ONE[0]))
+            plans |= {key: {"largest": find(topology)} for key, topology in places.items()}
+            _keep(plans, kept, out)
     files.write_atomically(out, lambda file: file.write(markdown(plans).encode()), key="--out")
     return 0
 

@@ -57,6 +57,11 @@ def make(config: ConfigDict, topology: Topology, *, estimate: str = "auto", effo
 
 def largest(config: ConfigDict, topology: Topology) -> int:
     """How many images a device can hold at a time, by arithmetic; 0: not one."""
+    return largest_of(config, topology)(topology)
+
+
+def largest_of(config: ConfigDict, topology: Topology) -> Callable[[Topology], int]:
+    """`largest` for any memory, of topologies with as many devices as this one."""
     def peak(images: int) -> int:
         changed = copy.deepcopy(config)
         changed.update(batch_size=images * topology.count, max_batch_per_device=0)
@@ -64,7 +69,7 @@ def largest(config: ConfigDict, topology: Topology) -> int:
         return sum(_states(built).values()) + sum(footprint.temporaries(built.recipe, built.shapes).values())
 
     one, two = peak(1), peak(2)
-    return max(int((_FILL * topology.memory - one) // (two - one)) + 1, 0)
+    return lambda where: max(int((_FILL * where.memory - one) // (two - one)) + 1, 0)
 
 
 def build(config: ConfigDict, topology: Topology, *, compiled: bool) -> Experiment:

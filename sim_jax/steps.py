@@ -210,7 +210,7 @@ def critic_update(recipe: Recipe, state: DistillState, teacher_params: Params | 
                                            **{f"discriminator/{name}": v for name, v in term_metrics.items()}}
 
         # The heads may read the fake score where its own loss does: one network then, with one backward pass.
-        return (merged if gan is not None and gan.pairing != "own" and gan.features == "fake_score" else lambda fn: fn)(judge)(params)
+        return (merged(judge) if gan is not None and gan.pairing != "own" and gan.features == "fake_score" else judge)(params)
 
     roles = {"fake_score": role} | ({} if gan is None else {"discriminator": gan.role})
     states = {name: getattr(state, name) for name in roles}

@@ -11,7 +11,6 @@ import numpy as np
 
 from sim_jax.convert import renaming, transformer
 from sim_jax.convert.conversion import Converted, Options
-from sim_jax.convert.pickle_machine import Refused
 
 MODEL_TYPE = "DiT"
 _CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")
@@ -33,14 +32,8 @@ def rows(depth: int) -> list[renaming.Row]:
 
 def read(path: str, options: Options = Options()) -> Converted:
     """A teacher. Raises: ValueError for anything that is not DiT's, or contradicts itself."""
-    try:
-        state, given, info = transformer.open_state(path, options)
-        if transformer.is_diffusers(state):
-            table = rows(transformer.depth(state, "transformer_blocks"))
-            state, given = transformer.from_diffusers(state, table, given, path, _CLASSES)
-        return from_arrays(state, given, info, source=path)
-    except Refused as error:
-        raise ValueError(f"{path}: {error}") from None
+    return transformer.read(path, options, classes=_CLASSES, from_arrays=from_arrays,
+                            rows=lambda state: rows(transformer.depth(state, "transformer_blocks")))
 
 
 def from_arrays(state: Mapping[str, np.ndarray], given: Mapping[str, Any], info: Mapping[str, Any], *, source: str) -> Converted:

@@ -13,7 +13,6 @@ import numpy as np
 
 from sim_jax.convert import renaming, transformer
 from sim_jax.convert.conversion import Converted, Options
-from sim_jax.convert.pickle_machine import Refused
 
 MODEL_TYPE = "PixArt"
 NULL = "y_embedder.y_embedding"
@@ -39,15 +38,11 @@ def rows(depth: int, *, micro_conditions: bool) -> list[renaming.Row]:
 
 def read(path: str, options: Options = Options()) -> Converted:
     """A teacher. Raises: ValueError for anything that is not PixArt-alpha's, or contradicts itself."""
-    try:
-        state, given, info = transformer.open_state(path, options)
-        if transformer.is_diffusers(state):
-            micro = any(name.startswith("adaln_single.emb.resolution_embedder.") for name in state)
-            table = rows(transformer.depth(state, "transformer_blocks"), micro_conditions=micro)
-            state, given = transformer.from_diffusers(state, table, given, path, _CLASSES)
-        return from_arrays(state, given, info, source=path)
-    except Refused as error:
-        raise ValueError(f"{path}: {error}") from None
+    def table(state: Mapping[str, np.ndarray]) -> list[renaming.Row]:
+        micro = any(name.startswith("adaln_single.emb.resolution_embedder.") for name in state)
+        return rows(transformer.depth(state, "transformer_blocks"), micro_conditions=micro)
+
+    return transformer.read(path, options, rows=table, classes=_CLASSES, from_arrays=from_arrays)
 
 
 def from_arrays(state: Mapping[str, np.ndarray], given: Mapping[str, Any], info: Mapping[str, Any], *, source: str) -> Converted:

@@ -63,6 +63,25 @@ def from_diffusers(state: Mapping[str, np.ndarray], rows: list[renaming.Row], gi
     return renaming.to_ours({name: array for name, array in state.items() if name != "pos_embed.pos_embed"}, rows), {**beside, **given}
 
 
+def read(path: str, options: Options, *, rows: Callable[[Mapping[str, np.ndarray]], list[renaming.Row]], classes: tuple[str, ...],
+         from_arrays: Callable[..., Converted]) -> Converted:
+    """A teacher of either family, under the original names or diffusers'.
+
+    Args:
+      rows: a state under diffusers' names -> the table of both.
+      classes: diffusers' for it.
+      from_arrays: the family's own checks.
+    Raises: ValueError for anything that is not the family's, or contradicts itself.
+    """
+    try:
+        state, given, info = open_state(path, options)
+        if is_diffusers(state):
+            state, given = from_diffusers(state, rows(state), given, path, classes)
+        return from_arrays(state, given, info, source=path)
+    except Refused as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
 def size(state: Mapping[str, np.ndarray], name: str, ndim: int) -> tuple[int, ...]:
     """A tensor's shape. Raises: ValueError where it is missing or has another number of axes."""
     if name not in state or state[name].ndim != ndim or 0 in state[name].shape:

@@ -311,8 +311,13 @@ class UNetBlock(nn.Module):
 
 def drop_labels(class_labels: Array, rate: float, keys: Key | None) -> Array:
     """Zeroes whole rows of [B, label_dim] with probability `rate` (classifier-free guidance), by per-sample keys."""
+    keep = kept_conditions(rate, keys)
+    return class_labels if keep is None else jnp.where(keep[:, None], class_labels, jnp.zeros_like(class_labels))
+
+
+def kept_conditions(rate: float, keys: Key | None) -> Array | None:
+    """Which samples keep their label or caption, [B] of bool, by per-sample keys; None: all of them."""
     if keys is None or rate == 0.0:
-        return class_labels
+        return None
     salt = zlib.crc32(b"label_dropout")
-    keep = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, salt), 1 - rate))(keys)
-    return jnp.where(keep[:, None], class_labels, jnp.zeros_like(class_labels))
+    return jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, salt), 1 - rate))(keys)

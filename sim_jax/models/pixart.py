@@ -15,7 +15,6 @@ e <- e + [csize_embedder(height), csize_embedder(width), ar_embedder(height / wi
 from __future__ import annotations
 
 import math
-import zlib
 
 import flax.linen as nn
 import jax
@@ -143,12 +142,11 @@ class CaptionEmbedder(nn.Module):
         return transformer.Mlp(self.features, self.features, init=transformer.SMALL, dtype=self.dtype, name="y_proj")(text)
 
     def _drop(self, text: Array, null: Array, keys: Key | None) -> Array:
-        if keys is None or self.dropout == 0.0:
+        keep = layers.kept_conditions(self.dropout, keys)
+        if keep is None:
             return text
         if text.shape[1] != self.tokens:
             raise ValueError(f"cond.text: got {text.shape[1]} tokens, allowed with label_dropout: {self.tokens}, as the null caption has")
-        salt = zlib.crc32(b"label_dropout")
-        keep = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, salt), 1 - self.dropout))(keys)
         return jnp.where(keep[:, None, None], text, null)
 
 
