@@ -135,6 +135,7 @@ def get_config(method: str = "sim") -> ConfigDict:
         best="fd",                            # the generator with the lowest of this is kept as best.safetensors, with its checkpoint; "": none
         batch_per_device=128,                 # while sampling
         data_threads=2,                       # that read images ahead
+        steps_per_call=1,                     # iterations in one call of the devices; more where the host cannot keep up (small networks)
     ))
     return config.lock()
 

@@ -21,7 +21,7 @@ def get_config(arg=None):
     config = common.get_config("sim" if words["job"] == "sim" else "dsm")
     common.replace(config.network, dict(
         precond="DDPMPrecond", model_type="PixArt", img_resolution=16, img_channels=3, patch_size=4, hidden_size=96, depth=5, num_heads=4,
-        caption_channels=32, caption_tokens=9, label_dropout=0.1))   # 0.86 million parameters
+        caption_channels=64, caption_tokens=9, label_dropout=0.1))   # 0.86 million parameters
     config.text.eval_path = "builtin:scenes"
     config.run.update(log_every=100, probe_every=1000, sample_every=4000, save_every=2000, batch_per_device=100)
     if words["job"] == "teacher":

@@ -65,7 +65,7 @@ class Ours:
     def __init__(self, args: argparse.Namespace):
         import jax
 
-        from sim_jax import cli, compiling, config_file, sharding, train
+        from sim_jax import cli, compiling, config_file, dispatch, sharding
         from sim_jax import experiment as experiments
 
         cli.keep_memory()
@@ -84,7 +84,7 @@ class Ours:
                 section.remat = args.remat
             config.precision = precision
         experiment = experiments.build(config)
-        self._step, self._key = train.make_step(experiment), jax.random.key(0)
+        self._step, self._key = dispatch.make_step(experiment), jax.random.key(0)
         self._state, self._done = experiments.initial_state(experiment), 0
         self._teacher = sharding.place(experiment.teacher.params, experiment.teacher_shardings)
         self._turns, self.num_params = experiment.turns, experiment.trained.network.num_params()

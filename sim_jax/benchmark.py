@@ -143,11 +143,11 @@ def _measure(args: argparse.Namespace, experiment, began: float) -> dict[str, An
     """Every program's figures."""
     import jax
 
-    from sim_jax import cost, devices, sharding, train
+    from sim_jax import cost, devices, dispatch, sharding
     from sim_jax import experiment as experiments
 
     recipe, config = experiment.recipe, experiment.config
-    state, step_fn, batch = experiments.initial_state(experiment), train.make_step(experiment), _batch(experiment)
+    state, step_fn, batch = experiments.initial_state(experiment), dispatch.make_step(experiment), _batch(experiment)
     teacher = None if experiment.teacher is None else sharding.place(experiment.teacher.params, experiment.teacher_shardings)
     made, forward = cost.updates(recipe), cost.passes(experiment.trained.network).forward
     without_padding = cost.updates(recipe, padding=False)

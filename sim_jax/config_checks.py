@@ -23,7 +23,7 @@ _CHOICES = {
 # (keys, in words, what must hold); "*." stands for both trained networks. A key that a config lacks, or None, is not checked.
 _RANGES: tuple[tuple[tuple[str, ...], str, Callable[[float], bool]], ...] = (
     (("total_kimg", "batch_size", "generator.sigma_init", "fake_score.updates", "teacher.num_steps", "gan.clamp", "regression.num_pairs",
-      "run.log_every", "run.probe_every", "run.sample_every", "run.save_every", "run.keep",
+      "run.log_every", "run.probe_every", "run.sample_every", "run.save_every", "run.keep", "run.steps_per_call",
       "run.grid", "run.probe_images", "run.batch_per_device", "network.sigma_data",
       "network.img_resolution", "network.img_channels", "network.model_channels", "network.num_blocks", "network.channel_mult_emb",
       "data.max_size", "data.pad_to"),
@@ -58,6 +58,7 @@ def check(config: Mapping[str, Any]) -> None:
     _check_lists(values)
     if values["fake_score.turns"] == "other" and values["fake_score.updates"] == 1:
         raise ValueError("fake_score.turns: got 'other' with fake_score.updates 1, allowed: 'every', or updates of 2 or more")
+    _check_calls(values)
     if 0 < values["run.eval_images"] < 100:
         raise ValueError(f"run.eval_images: got {values['run.eval_images']}, allowed: 0 (no evaluation) or at least 100")
 
@@ -104,6 +105,16 @@ def _check_lists(values: Mapping[str, Any]) -> None:
         got = values.get(key) or ()
         if key in values and not (all(isinstance(n, int) and n >= least for n in got) and (got or empty)):
             raise ValueError(f"{key}: got {got}, allowed: whole numbers from {least}")
+
+
+def _check_calls(values: Mapping[str, Any]) -> None:
+    """Whatever happens every so many iterations happens between calls."""
+    size = values["run.steps_per_call"]
+    if size % values["fake_score.updates"] and size > 1:
+        raise ValueError(f"run.steps_per_call: got {size}, allowed: 1, or multiples of the {values['fake_score.updates']} of fake_score.updates")
+    for key in (f"run.{what}_every" for what in ("log", "probe", "sample", "eval", "save", "keep")):
+        if values[key] % size:
+            raise ValueError(f"{key}: got {values[key]}, allowed with run.steps_per_call {size}: multiples of it")
 
 
 def _real(value: Any) -> bool:

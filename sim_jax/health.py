@@ -132,6 +132,16 @@ def watched_step(recipe: Recipe, state: DistillState, teacher_params: Params | N
     return state, {**metrics, CODE: code + _FIGURE * (~jnp.all(jnp.isfinite(figures))).astype(jnp.int32)}
 
 
+def watched(metrics: Mapping[str, Array]) -> dict[str, Array]:
+    """What `Monitor` wants of an iteration's metrics."""
+    return {name: value for name, value in metrics.items() if name.endswith((*_FIGURES, CODE, BAD, SIGMA))}
+
+
+def logged(metrics: Mapping[str, Array]) -> dict[str, Array]:
+    """What is written of them."""
+    return {name: value for name, value in metrics.items() if not name.endswith((CODE, BAD, SIGMA))}
+
+
 def _finite(tree: Any) -> Array:
     flags = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
     return jnp.all(jnp.stack(flags)) if flags else jnp.asarray(True)
@@ -170,15 +180,14 @@ class Monitor:
     def __init__(self, batch_size: int, state_check: Callable[[DistillState], dict[str, Array]], teacher_params: Params | None,
                  known_good: Callable[[], int | None]):
         self._batch_size, self._state_check, self._teacher_params, self._known_good = batch_size, state_check, teacher_params, known_good
-        self._before: list[tuple[int, dict[str, Array]]] = []
-        self._since: list[tuple[int, dict[str, Array]]] = []
+        self._before: list[tuple[int, list[dict[str, Array]]]] = []
+        self._since: list[tuple[int, list[dict[str, Array]]]] = []
 
-    def add(self, step: int, metrics: dict[str, Array]) -> dict[str, Array]:
-        """Takes the metrics of the iteration that made `step`; returns those to log."""
-        watched = {name: value for name, value in metrics.items() if name.endswith((*_FIGURES, CODE, BAD, SIGMA))}
-        watched[CODE].copy_to_host_async()
-        self._since.append((step, watched))
-        return {name: value for name, value in metrics.items() if not name.endswith((CODE, BAD, SIGMA))}
+    def add(self, first: int, turns: list[dict[str, Array]]) -> None:
+        """Takes what is `watched` of iterations that made steps `first`, first + 1, ...: for each turn of a cycle all its iterations', in order."""
+        for turn in turns:
+            turn[CODE].copy_to_host_async()
+        self._since.append((first, turns))
 
     def line(self) -> None:
         """Checks the iterations up to the last line. Raises: Diverged."""
@@ -193,11 +202,15 @@ class Monitor:
         if wrong:
             self._stop(f"after step {step} {' and '.join(wrong)} are NaN or infinite")
 
-    def _check(self, iterations: list[tuple[int, dict[str, Array]]]) -> None:
-        codes = jax.device_get([watched[CODE] for _, watched in iterations])
-        for (step, watched), code in zip(iterations, codes, strict=True):
-            if code:
-                self._stop(self._explain(step, int(code), {name: float(value) for name, value in jax.device_get(watched).items()}))
+    def _check(self, calls: list[tuple[int, list[dict[str, Array]]]]) -> None:
+        found = jax.device_get([[turn[CODE] for turn in turns] for _, turns in calls])
+        for (first, turns), per_turn in zip(calls, found, strict=True):
+            codes = np.stack(per_turn, -1).reshape(-1)
+            if codes.any():
+                wrong = int(np.flatnonzero(codes)[0])
+                cycle, turn = divmod(wrong, len(turns))
+                figures = {name: float(value.reshape(-1)[cycle]) for name, value in jax.device_get(turns[turn]).items()}
+                self._stop(self._explain(first + wrong, int(codes[wrong]), figures))
 
     def _explain(self, step: int, code: int, figures: dict[str, float]) -> str:
         broken = [name.replace("_", " ") for name, bit in _BITS.items() if code & bit]

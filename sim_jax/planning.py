@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from sim_jax import cost, experiment, footprint, programs, recipes, topologies, train
+from sim_jax import cost, dispatch, experiment, footprint, programs, recipes, topologies
 from sim_jax.experiment import Experiment
 from sim_jax.topologies import Topology
 
@@ -149,7 +149,7 @@ def optimisation(effort: str) -> Iterator[None]:
 
 def compiled(built: Experiment, turn: Turn) -> dict[str, Any]:
     """One program's memory, operations (None where XLA does not count them: it reads a loop once) and messages."""
-    lowered = train.make_step(built).lower(*arguments(built), **turn)
+    lowered = dispatch.make_step(built).lower(*arguments(built), **turn)
     try:
         program = lowered.compile()
     except jax.errors.JaxRuntimeError as error:

@@ -87,9 +87,9 @@ def _flops(experiment) -> float:
     """Of one iteration, averaged over a generator's turn."""
     import jax
 
-    from sim_jax import train
+    from sim_jax import dispatch
 
-    step_fn, shapes = train.make_step(experiment), experiment.shapes
+    step_fn, shapes = dispatch.make_step(experiment), experiment.shapes
     teacher = jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), experiment.teacher.network.shapes(),
                            experiment.teacher_shardings)
     state = jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, experiment.shardings)
@@ -187,7 +187,7 @@ def table(results: dict[tuple[str, int], dict[str, Any]], rows: list[str], *, co
 
 def run(args: argparse.Namespace, command: str) -> int:
     rows, seeds, (part, parts) = _check(args)
-    from sim_jax import files, train
+    from sim_jax import dispatch, files, train
     from sim_jax.progress import ProgressBar
 
     workdir = files.make_folder(args.workdir)
@@ -203,7 +203,7 @@ def run(args: argparse.Namespace, command: str) -> int:
             continue
         steps = max(round(budget / flops), 1)
         row = _Row(words, _build(args.config, words, steps), flops, steps)
-        step_fn = train.make_step(row.experiment)
+        step_fn = dispatch.make_step(row.experiment)
         for seed in todo.get(words, ()):
             bar = ProgressBar(row.steps, description=f"{words} seed {seed}", images_per_step=row.experiment.config.batch_size)
             params, seconds = _train(row, step_fn, seed, files.make_folder(workdir / f"{words}"), bar)

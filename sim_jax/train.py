@@ -9,14 +9,29 @@ import gc
 import itertools
 import pathlib
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from sim_jax import checkpoint, compiling, distributed, health, init_from, interrupts, pairs, probes, processes, sharding, showcase, storage, workdirs
+from sim_jax import (
+    checkpoint,
+    compiling,
+    dispatch,
+    distributed,
+    health,
+    init_from,
+    interrupts,
+    pairs,
+    probes,
+    processes,
+    sharding,
+    showcase,
+    storage,
+    workdirs,
+)
 from sim_jax import experiment as experiments
 from sim_jax.data import images as image_data
 from sim_jax.data import pipeline
@@ -110,10 +125,10 @@ class _Run:
         if experiment.teacher is not None:
             teacher_params = sharding.place(experiment.teacher.params, experiment.teacher_shardings)
         drawn = draw_pairs(experiment, self.workdir, teacher_params, self.bar)
-        step_fn, pace = make_step(experiment), health.Pace.read(meta, experiment.config.run)
+        calls, pace = dispatch.Calls(experiment), health.Pace.read(meta, experiment.config.run)
         while True:
             try:
-                return clock, self._attempt(first, state, pace, teacher_params, drawn, step_fn, clock)
+                return clock, self._attempt(first, state, pace, teacher_params, drawn, calls, clock)
             except health.Diverged as error:
                 pace, why, state = pace.slower(error), error.short, None  # the state's memory is needed
             first, state, meta = self._state()
@@ -128,12 +143,12 @@ class _Run:
         return 0, state if self.start is None else init_from.replace(state, self.start, self.experiment), {}
 
     def _attempt(self, first: int, state: DistillState, pace: health.Pace, teacher_params: Params | None,
-                 drawn: dict[str, np.ndarray] | None, step_fn: Callable[..., Any], clock: Clock) -> int:
+                 drawn: dict[str, np.ndarray] | None, calls: dispatch.Calls, clock: Clock) -> int:
         """From step `first` to the report. Returns the exit code."""
         with MetricWriter(self.workdir, start_step=first, enabled=distributed.is_first()) as writer:
             show = showcase.Showcase(self.experiment, self.workdir, writer, teacher_params)
             try:
-                code, state = self._loop(first, state, pace, teacher_params, drawn, step_fn, clock, writer, show)
+                code, state = self._loop(first, state, pace, teacher_params, drawn, calls, clock, writer, show)
             finally:
                 gc.unfreeze()
             if code:
@@ -146,7 +161,7 @@ class _Run:
         return 0
 
     def _loop(self, first: int, state: DistillState, pace: health.Pace, teacher_params: Params | None, drawn: dict[str, np.ndarray] | None,
-              step_fn: Callable[..., Any], clock: Clock, writer: MetricWriter, show: showcase.Showcase) -> tuple[int, DistillState]:
+              calls: dispatch.Calls, clock: Clock, writer: MetricWriter, show: showcase.Showcase) -> tuple[int, DistillState]:
         """Iterations `first` to the end. Returns (exit code or 0, state)."""
         experiment, bar, checkpoints, signals = self.experiment, self.bar, self.checkpoints, self.signals
         config, recipe, every, total = experiment.config, experiment.recipe, experiment.config.run, experiment.total_steps
@@ -179,20 +194,20 @@ class _Run:
             show.samples(0, state)
         if first and every.eval_every and first % every.eval_every == 0 and first < total and not checkpoints.measured(first):
             measure(first)
-        for step in range(first, total):
-            state, metrics = step_fn(state, teacher_params, key, next(batches), scale, **experiment.turns(step))
-            done = step + 1
-            if block or step == first:
+        for steps in calls.plan(first):
+            state, metrics, watched = calls(steps, state, teacher_params, key, batches, scale)
+            done = steps.stop
+            if block or steps.start == first:
                 jax.block_until_ready(metrics)
-            if step == first:  # what tracing has left stays: Python would look at all of it again and again, a tenth of a fast step's time
+            if steps.start == first:  # what tracing has left stays: Python would look at all of it again and again, a tenth of a fast step's time
                 gc.collect()
                 gc.freeze()
-            metrics = monitor.add(done, metrics)
-            clock.count(config.batch_size)
+            monitor.add(steps.start + 1, watched)
+            clock.count(len(steps) * config.batch_size)
             kimg = done * config.batch_size / 1000
 
             if done % every.log_every == 0 or done == total:
-                figures = dict(metrics) | {"images_per_second": clock.images_per_second(), "seconds": clock.seconds} | pace.figures
+                figures = health.logged(metrics) | {"images_per_second": clock.images_per_second(), "seconds": clock.seconds} | pace.figures
                 if probe_fn is not None and (done % every.probe_every == 0 or done == total):
                     with clock.pause():
                         probed = probe_fn(state, teacher_params, probe_key, probe_text)
@@ -224,13 +239,6 @@ class _Run:
 def _probe_count(experiment: Experiment) -> int:
     size = experiment.layout.mesh.size
     return -(-experiment.config.run.probe_images // size) * size
-
-
-def make_step(experiment: Experiment):
-    """The jitted training iteration: (state, teacher_params, key, batch, lr_scale, *, update_critic, update_generator) -> (state, metrics)."""
-    return jax.jit(functools.partial(health.watched_step, experiment.recipe), donate_argnums=0,
-                   static_argnames=("update_critic", "update_generator"), out_shardings=(experiment.shardings, experiment.layout.replicated),
-                   compiler_options=compiling.options(experiment.layout.mesh))
 
 
 def draw_pairs(experiment: Experiment, workdir: pathlib.Path, teacher_params, bar: ProgressBar) -> dict[str, np.ndarray] | None:

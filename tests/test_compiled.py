@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import runs
-from sim_jax import config_file, cost, experiment, planning, programs, sharding, topologies, train
+from sim_jax import config_file, cost, dispatch, experiment, planning, programs, sharding, topologies
 
 FSDP = "--config.sharding.rules=(('.*','fsdp'),)"
 LAYOUTS = {"one": (1, ()), "data": (8, ()), "fsdp": (8, (FSDP,)), "both": (8, (FSDP, "--config.sharding.mesh=data:2,fsdp:4"))}
@@ -33,7 +33,7 @@ class Program:
         config.run.features, config.run.eval_images = "none", 0
         config_file.override(config, [*(MLP if kind == "mlp" else UNET), *overrides, *more])
         self.built = experiment.build(config, devices=(devices or jax.devices())[:count], with_data=False, with_weights=False)
-        compiled = train.make_step(self.built).lower(*planning.arguments(self.built)).compile()
+        compiled = dispatch.make_step(self.built).lower(*planning.arguments(self.built)).compile()
         self.flops, self.text = compiled.cost_analysis()["flops"], compiled.as_text()
         self.messages, self.memory = programs.collectives(self.text), programs.memory(compiled)
         self.states = planning._states(self.built)
@@ -103,7 +103,7 @@ def test_states_take_the_memory_that_arithmetic_says(layout):
 def test_one_program_serves_every_iteration(layout):
     """Three iterations of a real run's step: one compilation, and the state keeps its place."""
     built = program(layout).built
-    step = train.make_step(built)
+    step = dispatch.make_step(built)
     state = jax.jit(lambda: experiment._random_state(built.recipe, 0), out_shardings=built.shardings)()
     teacher = sharding.place(jax.tree.map(lambda a: np.ones(a.shape, a.dtype) * 0.01, built.teacher.params), built.teacher_shardings)
     for i in range(3):

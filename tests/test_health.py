@@ -13,7 +13,7 @@ import pytest
 
 import runs
 import tiny
-from sim_jax import health, metrics, train
+from sim_jax import dispatch, health, metrics, train
 from test_faults import overrides, small_programs  # noqa: F401 (fixtures)
 from test_resume import _assert_same_end, _stop_at
 
@@ -26,7 +26,7 @@ def _nan(tree):
 
 def _inject(monkeypatch, network: str, at: int):
     """Makes the parameters of a network NaN before iteration `at`; once."""
-    make, left = train.make_step, [at]
+    make, left = dispatch.make_step, [at]
 
     def made(experiment):
         step_fn = make(experiment)
@@ -45,7 +45,7 @@ def _inject(monkeypatch, network: str, at: int):
         made.jitted = step_fn
         return step
 
-    monkeypatch.setattr(train, "make_step", made)
+    monkeypatch.setattr(dispatch, "make_step", made)
     return made
 
 
@@ -108,7 +108,7 @@ def test_the_watched_step_is_the_step(monkeypatch):
     expected, figures = plain(state, teacher, jax.random.key(7))
     got, seen = step(state, teacher, jax.random.key(7))
     jax.tree.map(np.testing.assert_array_equal, got, expected)
-    logged = _monitor(teacher).add(1, seen)
+    logged = health.logged(seen)
     assert logged.keys() == figures.keys() and int(seen[health.CODE]) == 0
     for name in figures:
         assert float(logged[name]) == pytest.approx(float(figures[name]), rel=1e-6)
@@ -144,7 +144,7 @@ def test_the_noise_levels_of_samples_that_are_not_finite():
     monitor = _monitor(teacher, saved=30)
     for done in (31, 32):
         state, seen = jax.block_until_ready(step(state, teacher, jax.random.key(7)))
-        monitor.add(done, seen)
+        monitor.add(done, [health.watched(seen)])
     jax.effects_barrier()
     top = np.sort(levels[0])[-3:]
     monitor.line()                                       # one line late
@@ -158,7 +158,7 @@ def test_what_the_last_step_made_is_checked_before_it_is_saved():
     _, state, teacher, step = _watched()
     state, seen = step(state, teacher, jax.random.key(7))
     monitor = _monitor(teacher)
-    monitor.add(1, seen)
+    monitor.add(1, [health.watched(seen)])
     monitor.everything(1, state)
     generator = state.generator
     for broken, what in ((generator.replace(ema=_nan(generator.ema)), "the averages of the generator"),

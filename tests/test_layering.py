@@ -8,7 +8,7 @@ The table below lists, room by room, what of the package a room may import. It i
   atomically.
 - `experiment` and its `recipes` are the only modules that see both the config and everything static, and `showcase`, its `views` and
   `train` are the entry point's own helpers: they may import everything except entry points. `load` is what entry points share to find weights.
-- `train` counts as an entry point whose only importers are `main` and `table`, which makes its steps.
+- `train` counts as an entry point whose only importers are `main`, and `table` and `benchmark`, which make its batches.
 - `evals` may use `data` (the digits are a reference set), `models` (features), and what drawing images takes: `networks`, `sharding`,
   `randomness`, `diffusion`. What nobody below the entry points may touch is `objectives`: a new method must not be able to break them.
 - flax.linen (that is, networks) stays under models/; `flax.struct` and `flax.traverse_util` are data structures and go anywhere.
@@ -93,8 +93,9 @@ ALLOWED = {
 ENTRY_POINTS = {"main", "train", "analytic", "sample", "export", "evaluate", "plan", "benchmark", "table", "scene_report",
                 "evals.train_classifier", "convert.__main__", "data.embed_prompts", "evals.text_scores"}
 # what these may import beyond ALLOWED: everything but entry points
-SEE_EVERYTHING = ENTRY_POINTS | {"experiment", "recipes", "showcase", "views", "__init__", "workdirs", "init_from", "planning", "plan_table"}
-MAY_IMPORT_ENTRY = {"main": {"train"}, "table": {"train"}, "planning": {"train"}, "benchmark": {"train"}}
+SEE_EVERYTHING = ENTRY_POINTS | {"experiment", "dispatch", "recipes", "showcase", "views", "__init__", "workdirs", "init_from", "planning",
+                                 "plan_table"}
+MAY_IMPORT_ENTRY = {"main": {"train"}, "table": {"train"}, "benchmark": {"train"}}
 # outside packages that belong to certain rooms
 THIRD_PARTY = {
     "flax.linen": {"models"},

@@ -122,7 +122,7 @@ def test_a_program_that_the_compiler_refuses_is_a_plan(monkeypatch):
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. "
                                              "Used 17.50G of 15.75G hbm. Exceeded hbm capacity by 1.75G.")
 
-    monkeypatch.setattr(planning.train, "make_step", lambda built: Refuses())
+    monkeypatch.setattr(planning.dispatch, "make_step", lambda built: Refuses())
     made = planning.make(config(), topologies.parse("h100:8"), estimate="cpu")
     assert made["peak"] == 17.5 * 2**30 and made["programs"]["critic + generator"]["refused"]
     assert "the compiler needs 17.50 GiB and refuses" in planning.render(made)

@@ -14,7 +14,7 @@ from sim_jax.data import encoders, make_source, pipeline, scene_captions, scenes
 from sim_jax.data.scene_captions import COLOURS, HELD_KINDS, HELD_PAIRS, KINDS, RELATIONS
 
 COUNT = 4000
-FIRST_CAPTION, CHECKSUM, STATES_SUM = "a green triangle and a yellow circle", 3336713083, 14883.065
+FIRST_CAPTION, CHECKSUM, STATES_SUM = "a green triangle and a yellow circle", 3560363307, -4331.0
 
 
 @pytest.fixture(scope="module")
@@ -95,8 +95,8 @@ def test_captions_leave_places_open(drawn):
     placed, _ = drawn
     one = np.array([len(c.objects) == 1 for c in scene_captions.captions()])[placed.caption]
     places = collections.Counter(zip(placed.x[one, 0], placed.y[one, 0]))
-    assert set(places) == set(itertools.product((1, 5, 9), repeat=2))
-    expected = one.sum() / 9
+    assert set(places) == set(itertools.product((1, 9), repeat=2))
+    expected = one.sum() / 4
     assert all(abs(count - expected) < 5 * expected**0.5 for count in places.values())
 
 
@@ -109,18 +109,24 @@ def test_shapes_are_symmetric_and_differ():
 
 def test_the_encoder_is_what_its_formula_says():
     encoder = encoders.open_encoder("builtin:scenes")
-    assert (encoder.name, encoder.width, encoder.max_tokens) == ("builtin:scenes", 32, 9)
+    assert (encoder.name, encoder.width, encoder.max_tokens) == ("builtin:scenes", 64, 9)
     states, mask = encoder.encode(["two blue circles", "", "a red square left of a blue circle"])
-    assert states.shape == (3, 9, 32) and states.dtype == np.float32 and mask.dtype == bool
+    assert states.shape == (3, 9, 64) and states.dtype == np.float32 and mask.dtype == bool
     assert mask.sum(1).tolist() == [4, 1, 9] == encoder.lengths(["two blue circles", "", "a red square left of a blue circle"])
     assert not states[~mask].any()
-    words, places = scenes_text.signs(1, 20, 32), scenes_text.signs(2, 9, 32)
+    words, places = scenes_text.signs(1, 20, 64), scenes_text.signs(2, 9, 64)
     tokens = [scene_captions.WORDS.index(word) for word in ("two", "blue", "circles")] + [19]
     h = [words[token] + places[i] / 2 for i, token in enumerate(tokens)]
-    a, b = (scenes_text.signs(name, 32, 32) / 32**0.5 for name in (3, 4))
-    np.testing.assert_allclose(states[0, 1], (h[1] + h[0] @ a + h[2] @ b) / 3**0.5, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(states[0, 3], (h[3] + h[2] @ a) / 3**0.5, rtol=1e-5, atol=1e-6)
+    a, b = (scenes_text.signs(name, 64, 64) / 8 for name in (3, 4))
+    np.testing.assert_allclose(states[0, 1], (h[1] + h[0] @ a + h[2] @ b) / 2, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(states[0, 3], (h[3] + h[2] @ a) / 2, rtol=1e-5, atol=1e-6)
     assert abs(states[mask].std() - 1) < 0.1
+    # The part that a phrase has in a relation: all that a caption with one has beyond its words, and "left of" and "above" differ by.
+    parts = scenes_text.signs(6, 4, 2, 64)
+    left, above, beside = (encoder.encode([f"a red square {how} a circle"])[0][0] for how in ("left of", "above", "and"))
+    np.testing.assert_allclose(left[0] - beside[0], parts[0, 0] / 2, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(above[1] - left[1], (parts[2, 0] - parts[0, 0]) / 2, rtol=1e-5, atol=1e-6)
+    assert encoder.encode([])[0].shape == (0, 9, 64)
 
 
 def test_encoding_is_fixed_and_row_by_row():

@@ -20,7 +20,7 @@ from sim_jax.data.scene_captions import COLOURS, RELATIONS, SHAPES, Caption
 
 RESOLUTION = 16
 SIZE = 6            # pixels across a shape
-PLACES = (1, 5, 9)  # where the box around a shape may begin, across and down
+PLACES = (1, 9)     # where the box around a shape may begin, across and down
 MOST = 3            # shapes in a scene
 SCENES = 131072     # that a data set has
 GROUND = (128, 128, 128)
