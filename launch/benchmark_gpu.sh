@@ -1,18 +1,25 @@
 #!/usr/bin/env bash
-# Everything that is measured on a GPU, in one call: bash launch/benchmark_gpu.sh FOLDER [SID]
+# Everything that is measured on a GPU, in one call: bash launch/benchmark_gpu.sh FOLDER [SID [CIFAR10]]
 #   FOLDER   results go here: one JSON file for each measurement, profiles, and summary.txt with all of it as text
-#   SID      a clone of https://github.com/mingyuanzhou/SiD; with it (and PyTorch) each step is also timed against that code
+#   SID      a clone of https://github.com/mingyuanzhou/SiD; with it (and PyTorch) each step is also timed against that code; '' for none
+#   CIFAR10  cifar10-32x32.zip in EDM's layout; with it a teacher and its SIM generator are trained for five minutes each
 # The package has to be installed with its GPU version of JAX: pip install . "jax[cuda13]"
 # About 25 minutes on one H100 with PyTorch, 10 without; a measurement that fails is noted in summary.txt and the rest goes on.
 set -uo pipefail
-out="${1:?a folder for the results}" sid="${2:-}"
+out="${1:?a folder for the results}" sid="${2:-}" data="${3:-}"
 mkdir -p "$out" && out="$(cd "$out" && pwd)"
 [ -z "$sid" ] || sid="$(cd "$sid" && pwd)"
+[ -z "$data" ] || data="$(realpath "$data")"
 cd "$(dirname "$0")/.."
 summary="$out/summary.txt"
 export XLA_PYTHON_CLIENT_PREALLOCATE=false
 note() { echo "== $*" | tee -a "$summary"; }
 try() { note "$*"; "$@" 2>>"$out/errors.txt" | tee -a "$summary" || note "failed, see errors.txt: $*"; }
+five_minutes() { # a run that SIGTERM ends: it saves its state and says so with exit code 143
+  note "five minutes of: $*"
+  timeout --preserve-status 300 "$@" 2>&1 | tr '\r' '\n' | tail -n 20 | tee -a "$summary"
+  case "${PIPESTATUS[0]}" in 0 | 143) ;; *) note "failed: $*" ;; esac
+}
 
 : > "$summary"
 (nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv || true) | tee -a "$summary"
@@ -52,6 +59,17 @@ if [ -n "$sid" ]; then
     done
   done
 fi
-# 4. A real run of ten minutes: quality is not the point, that nothing is slower than the step is.
-try timeout 600 python -m sim_jax.main --config=configs/cifar10.py:tiny --workdir="$out/tiny_run"
+# 4. Small networks, which the host may not keep up with: one and ten iterations in a call.
+for calls in 1 10; do
+  try python -m sim_jax.benchmark --config=configs/digits.py --config.run.steps_per_call=$calls --loop=200 --out="$out/digits_calls_$calls.json"
+done
+# 5. Real runs on real images, five minutes each: a third of CIFAR-10's network, first as a teacher, then distilled. SIGTERM ends them and they
+# save; pictures and figures are in their folders. Quality is not the point, that nothing is slower than the step is.
+if [ -n "$data" ]; then
+  shape="--config.network.model_channels=64 --config.network.num_blocks=3 --config.batch_size=512 --config.run.log_every=20"
+  five_minutes python -m sim_jax.main --config=configs/cifar10.py:teacher --workdir="$out/cifar10_teacher" --config.data.path="$data" \
+    $shape --config.fake_score.dtype=bfloat16 --config.run.save_every=200
+  five_minutes python -m sim_jax.main --config=configs/cifar10.py:sim --workdir="$out/cifar10_sim" --config.teacher.path="$out/cifar10_teacher" \
+    $shape $(types bfloat16) --config.run.sample_every=100
+fi
 note done

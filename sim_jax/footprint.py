@@ -26,7 +26,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sim_jax import cost, networks
+from sim_jax import cost, flops, networks
 from sim_jax.recipe import Recipe
 
 _IMAGES = 1009
@@ -70,7 +70,7 @@ def _per_image(spec: tuple[tuple[str, Any], ...], dtype: str, remat: str, of_par
     jaxpr = jax.make_jaxpr(residuals)(network.shapes(), x, sigma, cond)
     arrays = {id(v): v.aval for v in jaxpr.jaxpr.outvars}.values()  # what two instructions find again is kept once
     size = sum(_size(a) for a in arrays if any(n % _IMAGES == 0 for n in a.shape)) // _IMAGES
-    blocks = [cost.inner_jaxprs(eqn)[0] for eqn in jaxpr.jaxpr.eqns if eqn.primitive.name in _RECOMPUTED]
+    blocks = [flops.inner_jaxprs(eqn)[0] for eqn in jaxpr.jaxpr.eqns if eqn.primitive.name in _RECOMPUTED]
     return size, max((_products(block) for block in blocks), default=0) // _IMAGES
 
 
@@ -92,7 +92,7 @@ def _products(jaxpr: Any) -> int:
             values = [eqn.invars[0], eqn.outvars[0]]
             values += ([eqn.invars[1]] if eqn.primitive.name == "dot_general" and eqn.invars[1].aval.ndim > 2 else [])
             total += sum(_size(v.aval) for v in values if any(n and n % _IMAGES == 0 for n in v.aval.shape))
-        total += sum(_products(inner) for inner in cost.inner_jaxprs(eqn))
+        total += sum(_products(inner) for inner in flops.inner_jaxprs(eqn))
     return total
 
 

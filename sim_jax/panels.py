@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 import jax.numpy as jnp
 import numpy as np
 
-from sim_jax import images, probes, steps
+from sim_jax import draws, images, probes, steps
 from sim_jax.data.labels import condition
 from sim_jax.objectives import adversarial
 from sim_jax.objectives.base import Nets, diffuse
@@ -64,7 +64,7 @@ def _judge(recipe: Recipe, nets: Nets, key: Key, x0: Array, cond: Cond) -> Array
     """The discriminator's logits [B] of images at noise as in training, averaged over the heads."""
     levels = recipe.adversary.role.noise if recipe.adversary.pairing == "own" else recipe.fake_score.noise
     index = jnp.arange(x0.shape[0], dtype=jnp.uint32)
-    noise, level = steps.draw_noise(recipe, levels, key, 0, "panels", index)
+    noise, level = draws.noise(recipe, levels, key, 0, "panels", index)
     return jnp.mean(nets.discriminate(diffuse(x0, noise, level), level.sigma, cond), axis=1)
 
 

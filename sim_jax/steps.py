@@ -23,25 +23,19 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sim_jax import optim, randomness, rollout
+from sim_jax import draws, optim
 from sim_jax.data.labels import condition
 from sim_jax.diffusion import guidance
 from sim_jax.merging import merged
 from sim_jax.objectives import adversarial
 from sim_jax.objectives.base import Nets, sum_chw
-from sim_jax.randomness import normal
-from sim_jax.recipe import Levels, Recipe, Role
+from sim_jax.recipe import Recipe, Role
 from sim_jax.state import DistillState, TrainState
-from sim_jax.types import Array, Cond, DenoiseFn, Key, NoiseLevel, Params
+from sim_jax.types import Array, DenoiseFn, Key, Params
 
 Metrics = dict[str, Array]
 _CLEAN = 0.002  # the noise level at which features of clean images are taken: EDM's smallest (its networks take the logarithm)
 MEMORY = "memory/"  # metrics that are not logged but handed to the objective's memory
-
-
-def sample_keys(key: Key, step: Array, purpose: str, index: Array) -> Key:
-    """Keys [B] for samples `index` [B] of iteration `step`, independent between purposes."""
-    return randomness.sample_keys(jax.random.fold_in(key, step), purpose, index)
 
 
 def score_networks(recipe: Recipe, fake_params: Params, teacher_params: Params) -> tuple[DenoiseFn, DenoiseFn]:
@@ -59,50 +53,6 @@ def discriminator(recipe: Recipe, fake_params: Params, teacher_params: Params, h
         return None
     backbone = fake_params if recipe.adversary.features == "fake_score" else teacher_params
     return recipe.adversary.role.network.bind(backbone, heads)
-
-
-def generate(recipe: Recipe, params: Params, key: Key, step: Array, turn: str, part: Mapping[str, Array]) -> tuple[Array, Cond]:
-    """The generator's images x0 [B,H,W,C] of one turn, differentiable in `params`, and what they are conditioned on.
-
-    Args:
-      params: the generator's, whole.
-      turn: whose draws: "critic" or "generator".
-      part: "index" [B], the captions' "text" and "text_mask", and "image", "class" of real images where the generator is fed noised ones.
-    """
-    role, index, plan = recipe.generator, part["index"], recipe.plan
-    split, shape = recipe.layout.split, recipe.image_shape
-    z = split(normal(sample_keys(key, step, f"{turn}/z", index), shape))
-    classes = recipe.labels(sample_keys(key, step, f"{turn}/label", index), index)
-    images, renoise = None, []
-    if len(plan.sigmas) > 1 and recipe.inputs == "data":
-        images = part["image"]
-        classes = jnp.where(rollout.is_first(index, plan), classes, part["class"])
-    elif len(plan.sigmas) > 1:
-        renoise = [split(normal(sample_keys(key, step, f"{turn}/renoise{k}", index), shape)) for k in range(1, len(plan.sigmas))]
-    cond = condition({**part, "class": classes}, recipe.label_dim)
-    dropout_keys = _dropout_keys(role, key, step, "generator/dropout" if turn == "generator" else f"{turn}/generator_dropout", index)
-    return rollout.generate(role.network, params, z, renoise, cond, plan=plan, images=images, dropout_keys=dropout_keys), cond
-
-
-def _dropout_keys(role: Role, key: Key, step: Array, purpose: str, index: Array) -> Key | None:
-    spec = role.network.spec
-    rates = [spec[name] for name in ("dropout", "label_dropout") if name in spec]
-    return sample_keys(key, step, purpose, index) if any(rates) else None
-
-
-def draw_noise(recipe: Recipe, levels: Levels, key: Key, step: Array, purpose: str, index: Array) -> tuple[Array, NoiseLevel]:
-    noise = normal(sample_keys(key, step, f"{purpose}/noise", index), recipe.image_shape)
-    return recipe.layout.split(noise), recipe.layout.split(levels(sample_keys(key, step, f"{purpose}/level", index)))
-
-
-def _judged_noise(recipe: Recipe, scored: tuple[Array, NoiseLevel], levels: Levels, key: Key, step: Array, turn: str, index: Array,
-                  *, real: bool) -> tuple[Array, NoiseLevel]:
-    """The noise at which the discriminator sees generated or real images; `scored` is what the score loss of this turn uses."""
-    pairing = recipe.adversary.pairing
-    if pairing == "shared" or (pairing == "score" and not real):
-        return scored
-    return draw_noise(recipe, recipe.adversary.role.noise if pairing == "own" else levels, key, step,
-                  f"{turn}/gan_{'real' if real else 'fake'}", index)
 
 
 def _mean(metrics: Metrics) -> Metrics:
@@ -186,13 +136,13 @@ def critic_update(recipe: Recipe, state: DistillState, teacher_params: Params | 
         if recipe.generator is None:
             x0, cond = part["image"], condition(part, recipe.label_dim)
         else:
-            x0, cond = jax.lax.stop_gradient(generate(recipe, generator, key, step, turn, part))
+            x0, cond = jax.lax.stop_gradient(draws.generate(recipe, generator, key, step, turn, part))
         noised, scored_cond = x0, cond
         if recipe.augment is not None:
-            noised, augment_labels = recipe.augment(sample_keys(key, step, "critic/augment", index), x0)
+            noised, augment_labels = recipe.augment(draws.sample_keys(key, step, "critic/augment", index), x0)
             scored_cond = cond._replace(augment_labels=augment_labels)
-        scored = draw_noise(recipe, role.noise, key, step, "critic", index)
-        dropout_keys = _dropout_keys(role, key, step, "critic/dropout", index)
+        scored = draws.noise(recipe, role.noise, key, step, "critic", index)
+        dropout_keys = draws.dropout_keys(role, key, step, "critic/dropout", index)
 
         def judge(params):
             fake = role.network.bind(params["fake_score"], dropout_keys=dropout_keys)
@@ -201,7 +151,7 @@ def critic_update(recipe: Recipe, state: DistillState, teacher_params: Params | 
                 return value, metrics
             discriminate = discriminator(recipe, params["fake_score"], teacher_params, params["discriminator"])
             (fake_noise, fake_level), (real_noise, real_level) = (
-                _judged_noise(recipe, scored, role.noise, key, step, "critic", index, real=real) for real in (False, True))
+                draws.judged_noise(recipe, scored, role.noise, key, step, "critic", index, real=real) for real in (False, True))
             term, term_metrics = adversarial.discriminator_loss(
                 discriminate, x0, part["image"], fake_noise, real_noise, fake_level, real_level, cond, condition(part, recipe.label_dim),
                 clamp=gan.clamp)
@@ -255,12 +205,12 @@ def generator_update(recipe: Recipe, state: DistillState, teacher_params: Params
 
     def loss(params, part):
         index = part["index"]
-        x0, cond = generate(recipe, params["generator"], key, step, "generator", part)
-        scored = draw_noise(recipe, role.noise, key, step, "generator", index)
+        x0, cond = draws.generate(recipe, params["generator"], key, step, "generator", part)
+        scored = draws.noise(recipe, role.noise, key, step, "generator", index)
         value, metrics, gradient = image_gradient(once(lambda x: recipe.objective.pair_loss(nets, x, *scored, cond)), x0)
         metrics = {**metrics, "image_gradient": _length(gradient)}
         if gan is not None and gan.weight:
-            judged = _judged_noise(recipe, scored, role.noise, key, step, "generator", index, real=False)
+            judged = draws.judged_noise(recipe, scored, role.noise, key, step, "generator", index, real=False)
             term, term_metrics, pull = image_gradient(
                 once(lambda x: adversarial.generator_loss(discriminate, x, *judged, cond, clamp=gan.clamp)), x0)
             metrics |= {"gan_loss": term, "gan_image_gradient": _length(adversarial_weight * pull),

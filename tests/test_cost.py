@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 import tiny
-from sim_jax import cost, networks, objectives, optim, recipe, sharding, steps
+from sim_jax import cost, flops, networks, objectives, optim, recipe, sharding, steps
 from sim_jax.data import labels
 from sim_jax.diffusion import noise_levels
 from sim_jax.diffusion.samplers import FewStep
@@ -33,14 +33,14 @@ def conv(x, w, **how):
 
 
 def test_products_by_hand():
-    assert cost.products(lambda a, b: a @ b, floats(3, 5), floats(5, 7)) == 2 * 3 * 5 * 7
-    assert cost.products(lambda a, b: jnp.einsum("bqd,bkd->bqk", a, b), floats(2, 3, 5), floats(2, 4, 5)) == 2 * 2 * 3 * 4 * 5
+    assert flops.products(lambda a, b: a @ b, floats(3, 5), floats(5, 7)) == 2 * 3 * 5 * 7
+    assert flops.products(lambda a, b: jnp.einsum("bqd,bkd->bqk", a, b), floats(2, 3, 5), floats(2, 4, 5)) == 2 * 2 * 3 * 4 * 5
     x, w = floats(2, 8, 8, 3), floats(3, 3, 3, 10)
-    assert cost.products(conv, x, w) == 2 * 2 * 8 * 8 * 10 * 9 * 3
+    assert flops.products(conv, x, w) == 2 * 2 * 8 * 8 * 10 * 9 * 3
     # Of 8 positions the outer two see a row of zeros: 3 * 8 - 2 of 24 pairs an axis.
-    assert cost.products(conv, x, w, padding=False) == 2 * 2 * 10 * 3 * 22**2
-    assert cost.products(lambda x, w: conv(x, w, window_strides=(2, 2)), x, w) == 2 * 2 * 4 * 4 * 10 * 9 * 3
-    assert cost.products(lambda x, w: conv(x, w, feature_group_count=5), floats(1, 8, 8, 15), floats(3, 3, 3, 10)) == 2 * 8 * 8 * 10 * 9 * 3
+    assert flops.products(conv, x, w, padding=False) == 2 * 2 * 10 * 3 * 22**2
+    assert flops.products(lambda x, w: conv(x, w, window_strides=(2, 2)), x, w) == 2 * 2 * 4 * 4 * 10 * 9 * 3
+    assert flops.products(lambda x, w: conv(x, w, feature_group_count=5), floats(1, 8, 8, 15), floats(3, 3, 3, 10)) == 2 * 8 * 8 * 10 * 9 * 3
 
 
 def test_products_inside_loops_branches_and_jit():
@@ -50,16 +50,16 @@ def test_products_inside_loops_branches_and_jit():
     def looped(x, w):
         return jax.lax.scan(lambda h, _: (jax.jit(jnp.matmul)(h, w), None), x, None, length=5)[0]
 
-    assert cost.products(looped, x, w) == 5 * one
-    assert cost.products(jax.checkpoint(looped), x, w) == 5 * one
-    assert cost.products(lambda x, w: jax.lax.cond(x[0, 0] > 0, lambda: x @ w @ w, lambda: x @ w), x, w) == 2 * one
+    assert flops.products(looped, x, w) == 5 * one
+    assert flops.products(jax.checkpoint(looped), x, w) == 5 * one
+    assert flops.products(lambda x, w: jax.lax.cond(x[0, 0] > 0, lambda: x @ w @ w, lambda: x @ w), x, w) == 2 * one
 
 
 @pytest.mark.parametrize("gradient_of_stride", [1, 2])
 def test_a_convolution_s_gradients_cost_as_much_as_itself(gradient_of_stride):
     x, w = floats(2, 8, 8, 3), floats(3, 3, 3, 10)
     fn = functools.partial(conv, window_strides=(gradient_of_stride,) * 2)
-    passes = cost.Passes(lambda w, x: fn(x, w), w, x, padding=False)
+    passes = flops.Passes(lambda w, x: fn(x, w), w, x, padding=False)
     assert passes.image == passes.params == 2 * passes.forward and passes.both == 3 * passes.forward
     assert passes.backward == passes.forward
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import test_cost as recipes
-from sim_jax import cost, networks
+from sim_jax import flops, networks
 from sim_jax.merging import merged
 from sim_jax.types import Cond
 
@@ -44,7 +44,7 @@ def test_values_and_gradients_stay_and_work_is_halved():
 
     plain, once = gradient(branches)(w, x), gradient(merged(branches))(w, x)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-6), once, plain)
-    assert cost.products(merged(branches), w, x) * 3 == cost.products(branches, w, x)
+    assert flops.products(merged(branches), w, x) * 3 == flops.products(branches, w, x)
 
 
 def test_what_differs_is_kept_apart():
@@ -72,4 +72,4 @@ def test_a_denoiser_and_its_features_become_one_network(remat):
 
     np.testing.assert_allclose(pull(merged(both))(x), pull(both)(x), rtol=1e-4, atol=1e-5)
     alone = pull(lambda x: net.denoise(params, x, sigma, cond))
-    assert cost.products(pull(merged(both)), x) == cost.products(alone, x) < 0.9 * cost.products(pull(both), x)
+    assert flops.products(pull(merged(both)), x) == flops.products(alone, x) < 0.9 * flops.products(pull(both), x)

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import tiny
-from sim_jax import steps
+from sim_jax import draws, steps
 from sim_jax.data import labels
 from sim_jax.types import Cond
 
@@ -28,7 +28,7 @@ def sim_setup():
     return net, made, tiny.host_state(made), tiny.random_params(net.shapes(), 3), jitted(made)
 
 
-def draws(step: int, turn: str, batch: int = 8):
+def documented(step: int, turn: str, batch: int = 8):
     """What the documented keys give each sample, drawn one by one: z, noise, a standard normal for the level, a class."""
     def each(purpose, draw):
         return np.stack([draw(tiny.sample_key(KEY, step, f"{turn}/{purpose}", i)) for i in range(batch)])
@@ -67,7 +67,7 @@ def test_critic_step_is_a_hand_written_dsm_step(source):
     """psi <- psi - lr d/dpsi mean_i lambda(s_i) |D(x0_i + s_i n_i) - x0_i|^2, lambda = (s^2 + 1/4) / (s/2)^2."""
     net, made, state, teacher, _ = sim_setup()
     state = state.replace(step=np.int32(5))
-    z, noise, normal, classes = draws(5, "critic")
+    z, noise, normal, classes = documented(5, "critic")
     cond, batch = Cond(class_labels=np.eye(3, dtype=np.float32)[classes]), None
     x0 = net.bind(state.generator.params)(2.5 * z, np.full(8, 2.5, np.float32), cond)
     if source == "data":
@@ -189,13 +189,13 @@ def test_teacher_training_averages_the_denoiser():
 
 def test_draws_are_fresh_and_apart():
     """No two of (turn, purpose, iteration, sample) share their noise."""
-    seen = [draws(step, turn)[kind] for step in (0, 1) for turn in ("critic", "generator") for kind in (0, 1)]
+    seen = [documented(step, turn)[kind] for step in (0, 1) for turn in ("critic", "generator") for kind in (0, 1)]
     flat = np.concatenate([a.reshape(8, -1) for a in seen])
     correlation = np.abs(np.corrcoef(flat)) - np.eye(len(flat))
     assert correlation.max() < 0.95
     net, made, state, *_ = sim_setup()
-    x0, cond = steps.generate(made, state.generator.params, KEY, jnp.int32(1), "generator", {"index": jnp.arange(8, dtype=jnp.uint32)})
-    z, _, _, classes = draws(1, "generator")
+    x0, cond = draws.generate(made, state.generator.params, KEY, jnp.int32(1), "generator", {"index": jnp.arange(8, dtype=jnp.uint32)})
+    z, _, _, classes = documented(1, "generator")
     expected = net.bind(state.generator.params)(2.5 * z, np.full(8, 2.5, np.float32), cond)
     np.testing.assert_allclose(x0, expected, rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(np.argmax(cond.class_labels, 1), classes)
@@ -206,5 +206,5 @@ def test_histogram_labels_reach_the_generator():
     net = tiny.PixelNet()
     made = tiny.recipe(net, labels=labels.make("histogram", 3, histogram=(0.0, 0.0, 1.0)))
     params = tiny.host_state(made).generator.params
-    _, cond = steps.generate(made, params, KEY, jnp.int32(0), "critic", {"index": jnp.arange(8, dtype=jnp.uint32)})
+    _, cond = draws.generate(made, params, KEY, jnp.int32(0), "critic", {"index": jnp.arange(8, dtype=jnp.uint32)})
     np.testing.assert_array_equal(cond.class_labels, np.eye(3)[[2] * 8])

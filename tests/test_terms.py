@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import tiny
-from sim_jax import objectives, optim, rollout, steps
+from sim_jax import draws, objectives, optim, rollout, steps
 from sim_jax.diffusion import noise_levels, samplers
 from sim_jax.diffusion.samplers import FewStep
 from sim_jax.recipe import Adversary, Guidance, Regression, Role
@@ -102,7 +102,7 @@ def test_discriminator_step_by_hand(pairing, features):
     own = functools.partial(noise, level=made.adversary.role.noise if pairing == "own" else made.fake_score.noise)
     fake = own("critic/gan_fake") if pairing == "own" else score
     real = score if pairing == "shared" else own("critic/gan_real")
-    x0, cond = steps.generate(made, state.generator.params, KEY, jnp.int32(0), "critic", {"index": jnp.arange(8, dtype=jnp.uint32)})
+    x0, cond = draws.generate(made, state.generator.params, KEY, jnp.int32(0), "critic", {"index": jnp.arange(8, dtype=jnp.uint32)})
     real_cond = Cond(class_labels=np.eye(3, dtype=np.float32)[BATCH["label"]])
 
     def loss(params):
@@ -182,7 +182,7 @@ def test_only_the_last_call_is_differentiated():
 def test_noised_real_images_are_the_other_choice():
     made, state, teacher = setup(plan=FewStep((2.5, 1.0)), inputs="data")
     part = {"index": jnp.arange(8, dtype=jnp.uint32), "image": jnp.asarray(BATCH["image"]), "class": jnp.asarray(BATCH["label"])}
-    x0, cond = steps.generate(made, state.generator.params, KEY, jnp.int32(0), "generator", part)
+    x0, cond = draws.generate(made, state.generator.params, KEY, jnp.int32(0), "generator", part)
     np.testing.assert_array_equal(np.argmax(cond.class_labels, 1)[1::2], BATCH["label"][1::2])
     z = np.stack([jax.random.normal(tiny.sample_key(KEY, 0, "generator/z", i), (4, 4, 1)) for i in range(8)])
     expected = NET.bind(state.generator.params)(BATCH["image"] + z, jnp.full(8, 1.0), cond)
@@ -212,7 +212,7 @@ def test_shared_images_are_the_generators_own():
     spy = dataclasses.replace(made.objective, critic_loss=lambda nets, x0, noise, level, cond: (
         seen.append(x0) or jnp.sum(jnp.square(nets.fake(x0, level.sigma, cond)), (1, 2, 3)), {}))
     steps.critic_update(dataclasses.replace(made, objective=spy), state, teacher, KEY, None)
-    x0, _ = steps.generate(made, state.generator.params, KEY, jnp.int32(0), "generator", {"index": jnp.arange(8, dtype=jnp.uint32)})
+    x0, _ = draws.generate(made, state.generator.params, KEY, jnp.int32(0), "generator", {"index": jnp.arange(8, dtype=jnp.uint32)})
     np.testing.assert_allclose(seen[0], x0, rtol=1e-5, atol=1e-6)
 
 
