@@ -40,7 +40,7 @@ def get_config(arg=None):
         config.text.path = "builtin:scenes"
         # Where shapes are half there and half not; below, the loss is about the noise of single pixels. "sid" would weigh such images less.
         config.objective.update(c=0.7, weighting="none")
-        config.generator.noise.update(u_min=0.28, u_max=0.62)        # sigma from 0.26 to 7
+        config.generator.noise.update(u_min=0.28, u_max=0.62)        # sigma from 0.25 to 6.8
         config.fake_score.noise.P_mean = 0.3
         config.fake_score.loss.weighting = "eps"
         for section, lr in ((config.generator, 3e-4), (config.fake_score, 1e-3)):
