@@ -45,7 +45,7 @@ def get_config(arg=None):
     config.run.update(grid=16, probe_images=16, batch_per_device=4, log_every=20, probe_every=200, sample_every=500, save_every=500)
     {"sim": _sim, "dmd2": _dmd2}[words["method"]](config)
     if words["size"] == "tiny":
-        config.network.update(img_resolution=8, hidden_size=32, depth=1, num_heads=2, caption_channels=32, caption_tokens=9)
+        config.network.update(img_resolution=8, hidden_size=32, depth=1, num_heads=2, caption_channels=64, caption_tokens=9)
         common.shrink_run(config)
         config.run.grid = 8
         config.teacher.path = "random:0"

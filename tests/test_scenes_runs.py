@@ -76,7 +76,7 @@ def test_the_report_measures_both_and_the_drawings(student, tmp_path, capsys):
 @pytest.mark.parametrize("words, overrides, message", [
     ("sim,tiny", ["--config.data.name=scenes"], "data.name: got 'scenes', allowed with method 'sim': none, it needs no images"),
     ("sim,tiny", ["--config.text.path=builtin:scene"], "text.path: got 'builtin:scene', allowed: a directory, builtin:scenes"),
-    ("teacher,tiny", ["--config.network.caption_channels=16"], "data.name: got captions of 32 channels (builtin:scenes), allowed: 16"),
+    ("teacher,tiny", ["--config.network.caption_channels=16"], "data.name: got captions of 64 channels (builtin:scenes), allowed: 16"),
     ("teacher,tiny", ["--config.network.caption_tokens=4"], "got captions of 9 tokens, allowed: 4, what the network takes"),
     ("teacher,tiny", ["--config.network.img_resolution=32"], "resolution: got 16x16 images in scenes, allowed: 32x32"),
     ("teacher,tiny", ["--config.data.path=x"], "data.path: got 'x', allowed with 'scenes': max_size"),

@@ -22,7 +22,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 from configs import common  # noqa: E402
 
 AUTOENCODER = {"block_out_channels": (16, 32), "layers_per_block": 1, "norm_num_groups": 8}
-SPEC = {**texts.NETWORK, "img_channels": 4, "caption_channels": 32, "caption_tokens": 9}
+SPEC = {**texts.NETWORK, "img_channels": 4, "caption_channels": 64, "caption_tokens": 9}
 TINY = ("--config.network.img_resolution=8", "--config.run.panel_images=0")
 GENERATOR_WORDS = ["a red square", "two green circles", "a blue square left of a red circle"]
 
@@ -92,7 +92,7 @@ def test_a_run_from_prompts_resumes_to_the_same_end(small, tmp_path, embedded_di
 @pytest.mark.parametrize(("overrides", "message"), [
     (("--config.text.path=missing",), "error: text.path: got 'missing', allowed: a directory that sim_jax.data.embed_prompts wrote"),
     (("--config.text.path=builtin:nothing",), "error: text.path: got 'builtin:nothing', allowed: a directory, builtin:scenes"),
-    (("--config.network.caption_channels=16",), "error: text.path: got captions of 32 channels (builtin:scenes), allowed: 16"),
+    (("--config.network.caption_channels=16",), "error: text.path: got captions of 64 channels (builtin:scenes), allowed: 16"),
     (("--config.text.path={embedded}", "--config.network.caption_tokens=5"),
      "error: text.path: got captions of up to 9 tokens in {embedded}, allowed: 5, what the network takes"),
     (("--config.text.eval_path={words}",), "error: text.eval_path: got captions of the encoder 'words', allowed: 'builtin:scenes'"),
@@ -166,7 +166,7 @@ def test_a_grid_has_all_prompts(tmp_path, generator_dir, autoencoder_dir, embedd
     (("--encoder=builtin:scenes",), "error: --encoder: got 'builtin:scenes', allowed with --prompt or --prompts"),
     (("--prompt=a red square", "--encoder={tmp}/t5"), "which is no directory"),
     (("--captions={tmp}/none",), "error: --captions: got"),
-    (("--captions={words}",), "error: --captions: got captions of 6 channels (words), allowed: 32"),
+    (("--captions={words}",), "error: --captions: got captions of 6 channels (words), allowed: 64"),
     (("--prompt=a red square", "--autoencoder={scaled}"), "with scaling_factor 0.13025, allowed: 0.18215, as the network PixArt has"),
     (("--prompt=a red square", "--autoencoder={wide}"), "with latents of channels 16, allowed: 4, as the network PixArt has"),
     (("--prompt=a red square", "--guidance=3"), "error: --guidance: got 3, allowed: 1, this is a one-step generator"),
