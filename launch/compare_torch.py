@@ -68,7 +68,7 @@ class Ours:
         from sim_jax import cli, compiling, config_file, dispatch, sharding
         from sim_jax import experiment as experiments
 
-        cli.keep_memory()
+        cli.keep_memory(one_device=args.devices == 1)
         precision = {"float32": "highest", "tf32": "high", "bfloat16": "default"}[args.dtype]
         compiling.use_precision(precision)
         root = pathlib.Path(__file__).resolve().parent.parent
