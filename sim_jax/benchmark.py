@@ -78,7 +78,7 @@ def _programs(experiment) -> dict[str, tuple[dict[str, bool], int]]:
     """{name: (turns, times in a cycle)} of the iteration's different programs."""
     from sim_jax import planning
 
-    cycle = planning.cycle(experiment)
+    cycle = experiment.cycle
     return {planning.title(turn): (turn, cycle.count(turn)) for turn in cycle}
 
 

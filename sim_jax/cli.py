@@ -80,8 +80,8 @@ def keep_memory(*, one_device: bool | None = None) -> None:
         tune = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return
-    # One heap for all threads and no mappings end the faults of larger arrays, too (a step of digits 0.166 instead of 0.176 s); but two devices,
-    # after compiling in the same process, take 0.27 instead of 0.15 s with them: they wait for each other in the heap that the compiler leaves.
+    # One heap for all threads and no mappings end the faults of larger arrays, too (a step of digits 0.166 instead of 0.176 s); but two devices
+    # take 0.27 instead of 0.15 s with them after compiling in the same process, in `malloc` of the heap that the compiler leaves.
     one_heap = ((-4, 0), (-8, 1)) if one_device else ()  # M_MMAP_MAX, M_ARENA_MAX
     for knob, value in ((-1, 2**31 - 1), (-2, 64 << 20), (-3, 32 << 20), *one_heap):  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD
         tune(knob, value)

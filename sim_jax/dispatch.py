@@ -73,7 +73,7 @@ class Calls:
         if self._size > 1:
             begin = -(-experiment.start_steps // self._size) * self._size
             self._steady = [experiment.turns(begin + i) for i in range(self._size)]
-            cycle = tuple(self._steady[: experiment.config.fake_score.updates if experiment.distils else 1])
+            cycle = tuple(self._steady[:len(experiment.cycle)])
             self._several = _jit(experiment, functools.partial(several, cycle=cycle),
                                  out_shardings=(experiment.shardings, experiment.layout.replicated, experiment.layout.replicated))
 

@@ -74,6 +74,11 @@ class Experiment:
         generator = self.distils and since >= 0 and (since + 1) % self.config.fake_score.updates == 0
         return {"update_critic": not (generator and self.config.fake_score.turns == "other"), "update_generator": generator}
 
+    @property
+    def cycle(self) -> list[dict[str, bool]]:
+        """The turns of a whole cycle of iterations, once the generator moves."""
+        return [self.turns(self.start_steps + i) for i in range(self.config.fake_score.updates if self.distils else 1)]
+
     def teacher_sampler(self) -> SamplerSpec:
         """How the teacher's own samples are drawn, or those of a denoiser in training."""
         section = self.config.teacher

@@ -55,13 +55,8 @@ def make(config: ConfigDict, topology: Topology, *, estimate: str = "auto", effo
     return plan | {"fits": plan["peak"] <= _FILL * plan["memory"]}
 
 
-def largest(config: ConfigDict, topology: Topology) -> int:
-    """How many images a device can hold at a time, by arithmetic; 0: not one."""
-    return largest_of(config, topology)(topology)
-
-
 def largest_of(config: ConfigDict, topology: Topology) -> Callable[[Topology], int]:
-    """`largest` for any memory, of topologies with as many devices as this one."""
+    """How many images a device can hold at a time, by arithmetic (0: not one), on topologies with as many devices as this one."""
     def peak(images: int) -> int:
         changed = copy.deepcopy(config)
         changed.update(batch_size=images * topology.count, max_batch_per_device=0)
@@ -83,14 +78,10 @@ def _states(built: Experiment) -> dict[str, int]:
     return footprint.states(built.shapes, built.shardings, teacher, built.teacher_shardings)
 
 
-def cycle(built: Experiment) -> list[Turn]:
-    """The turns of a whole cycle of iterations, once the generator moves."""
-    return [built.turns(built.start_steps + step) for step in range(built.config.fake_score.updates if built.distils else 1)]
-
-
 def turns_to_compile(built: Experiment) -> list[Turn]:
     """The distinct turns of a run, without those whose work is part of another's."""
-    distinct = [turn for i, turn in enumerate(cycle(built)) if turn not in cycle(built)[:i]]
+    cycle = built.cycle
+    distinct = [turn for i, turn in enumerate(cycle) if turn not in cycle[:i]]
 
     def inside(a: Turn, b: Turn) -> bool:
         return a != b and all(b[key] or not a[key] for key in a)
@@ -105,7 +96,7 @@ def title(turn: Turn) -> str:
 
 def iterations(built: Experiment, made: Mapping[str, cost.Update]) -> dict[str, dict[str, float]]:
     """{"critic + generator": {"share" of the cycle, "flops" per device}}, of the networks' products without recomputation."""
-    turns, out = cycle(built), {}
+    turns, out = built.cycle, {}
     for turn in turns:
         flops = cost.iteration_flops(built.recipe, made, **turn) * built.recipe.batch_size / built.layout.mesh.size
         entry = out.setdefault(title(turn), {"share": 0.0, "flops": flops})

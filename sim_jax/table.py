@@ -85,33 +85,15 @@ def _check(args: argparse.Namespace) -> tuple[list[str], list[int], tuple[int, i
 
 def _flops(experiment) -> float:
     """Of one iteration, averaged over a generator's turn."""
-    import jax
+    from sim_jax import dispatch, planning
 
-    from sim_jax import dispatch
-
-    step_fn, shapes = dispatch.make_step(experiment), experiment.shapes
-    teacher = jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), experiment.teacher.network.shapes(),
-                           experiment.teacher_shardings)
-    state = jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, experiment.shardings)
-    updates = experiment.config.fake_score.updates
-    turns = collections.Counter(tuple(experiment.turns(experiment.start_steps + i).items()) for i in range(updates))
+    step_fn, cycle = dispatch.make_step(experiment), experiment.cycle
+    turns = collections.Counter(tuple(turn.items()) for turn in cycle)
     total = 0.0
     for turn, count in turns.items():
-        compiled = step_fn.lower(state, teacher, jax.random.key(0), _batch_shapes(experiment), **dict(turn)).compile()
+        compiled = step_fn.lower(*planning.arguments(experiment), **dict(turn)).compile()
         total += count * compiled.cost_analysis()["flops"]
-    return total * experiment.layout.mesh.size / updates
-
-
-def _batch_shapes(experiment) -> dict[str, Any] | None:
-    import jax
-
-    batch, image = experiment.config.batch_size, experiment.recipe.image_shape
-    images = {"image": jax.ShapeDtypeStruct((batch, *image), "float32", sharding=experiment.layout.batch),
-              "label": jax.ShapeDtypeStruct((batch,), "int32", sharding=experiment.layout.batch)}
-    out = dict(images) if experiment.source is not None else {}
-    if experiment.recipe.regression is not None:
-        out["pair"] = images | {"index": jax.ShapeDtypeStruct((batch,), "uint32", sharding=experiment.layout.batch)}
-    return out or None
+    return total * experiment.layout.mesh.size / len(cycle)
 
 
 def _train(row: _Row, step_fn, seed: int, workdir: pathlib.Path, bar) -> tuple[Any, float]:

@@ -145,7 +145,7 @@ def test_the_committed_table_is_what_its_plans_say():
 
 def test_the_largest_batch_just_fits():
     topology, changed = topologies.parse("v5e:1x1"), config()
-    largest = planning.largest(changed, topology)
+    largest = planning.largest_of(changed, topology)(topology)
     for images, fits in ((largest, True), (largest + 1, False)):
         changed.update(batch_size=images, max_batch_per_device=0)
         assert planning.make(changed, topology, estimate="arithmetic")["fits"] == fits

@@ -25,9 +25,18 @@ def _run(module: str, *arguments: str) -> None:
     assert done.returncode == 0, done.stderr[-4000:]
 
 
-def check(report: dict) -> None:
-    """What one training of each has reached, less the error of 1,000 images; the goal, five points from the teacher in one call, is not
-    reached yet (README). The variety that captions leave open is kept."""
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scenes")
+    teacher, student, out = folder / "teacher", folder / "student", folder / "scenes.json"
+    _run("main", "--config=configs/scenes.py:teacher", f"--workdir={teacher}")
+    _run("main", "--config=configs/scenes.py", f"--workdir={student}", f"--config.teacher.path={teacher}")
+    _run("scene_report", f"--workdir={student}", "--num=1000", f"--out={out}")
+    return json.loads(out.read_text())
+
+
+def test_the_student_reaches_what_it_has_reached(report):
+    """Less the error of 1,000 images; the variety that captions leave open is kept."""
     teacher, student, drawings = (report[name] for name in ("teacher", "generator", "drawings"))
     assert drawings["seen"]["all"] == drawings["held_out_pairs"]["all"] == 1.0
     assert student["calls"] == 1 and teacher["calls"] == 70  # 35, each guided
@@ -36,9 +45,9 @@ def check(report: dict) -> None:
     assert student["diversity"]["pixels"] > 0.8 and student["diversity"]["places"] > 0.8
 
 
-def test_the_student_draws_what_captions_say_as_the_teacher_does(tmp_path):
-    teacher, student, out = tmp_path / "teacher", tmp_path / "student", tmp_path / "scenes.json"
-    _run("main", "--config=configs/scenes.py:teacher", f"--workdir={teacher}")
-    _run("main", "--config=configs/scenes.py", f"--workdir={student}", f"--config.teacher.path={teacher}")
-    _run("scene_report", f"--workdir={student}", "--num=1000", f"--out={out}")
-    check(json.loads(out.read_text()))
+@pytest.mark.xfail(strict=True, reason="the goal is not reached yet: 57% in one call where the teacher has 70% (README)")
+def test_the_student_draws_what_captions_say_as_the_teacher_does(report):
+    """Up to five points, in one call."""
+    teacher, student = report["teacher"], report["generator"]
+    for name in ("count", "colour", "shape", "relation", "all"):
+        assert student["seen"][name] > teacher["seen"][name] - 0.05, name

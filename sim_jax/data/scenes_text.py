@@ -60,14 +60,15 @@ class SceneEncoder:
         vectors, places = signs(1, len(WORDS) + 1, self.width), signs(2, self.max_tokens, self.width)
         h = np.where(mask[..., None], vectors[ids] + places[None] / 2, np.float32(0))
         before, after = (signs(name, self.width, self.width) / np.float32(self.width) ** 0.5 for name in (3, 4))
-        mixed = h + np.array([self._sides(prompt.lower().split()) for prompt in prompts], np.float32).reshape(h.shape)
+        parts = signs(6, len(RELATIONS), 2, self.width)
+        mixed = h + np.array([self._sides(prompt.lower().split(), parts) for prompt in prompts], np.float32).reshape(h.shape)
         mixed[:, 1:] += h[:, :-1] @ before
         mixed[:, :-1] += h[:, 1:] @ after
         return np.where(mask[..., None], mixed / np.float32(2), np.float32(0)), mask
 
-    def _sides(self, words: Sequence[str]) -> np.ndarray:
-        """r of the module docstring, [max_tokens,width], for the first relation in `words`."""
-        parts, out = signs(6, len(RELATIONS), 2, self.width), np.zeros((self.max_tokens, self.width), np.float32)
+    def _sides(self, words: Sequence[str], parts: np.ndarray) -> np.ndarray:
+        """r of the module docstring, [max_tokens,width], for the relation in `words`; `parts` are each relation's two."""
+        out = np.zeros((self.max_tokens, self.width), np.float32)
         for number, relation in enumerate(RELATIONS):
             own = relation.split()
             at = next((i for i in range(len(words)) if list(words[i:i + len(own)]) == own), None)
