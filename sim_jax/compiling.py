@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
-# Of XLA's two sets of CPU kernels the older one is faster for convolutions, their gradients in the weights above all, and the newer one
-# (YNNPACK) for sums: a step of CIFAR-10's network takes 10.8 s so and 13.2 s with XLA's own choice (measured on one core of an AMD EPYC,
-# jaxlib 0.10.2); a network of 8x8 images takes 3% longer.
+# Of XLA's two sets of CPU kernels the older one is faster for convolutions of larger images, their gradients in the weights above all, and
+# the newer one (YNNPACK) for all else: a step of CIFAR-10's network takes 10.8 s so and 13.2 s with XLA's own choice, the newer one for
+# everything. That is better for 8x8 images, 138 ms to 146, and transformers, 62 ms to 72 (measured on one core of an AMD EPYC, jaxlib 0.10.2).
 _CPU = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
+_LARGER = 16  # pixels across
 
 
 def use_precision(precision: str) -> None:
@@ -19,10 +22,11 @@ def use_precision(precision: str) -> None:
     jax.config.update("jax_default_matmul_precision", None if jax.default_backend() == "cpu" else precision)
 
 
-def options(mesh: Mesh | None) -> dict[str, str] | None:
-    """`compiler_options` of `jax.jit` for programs on this mesh; None: the compiler's own."""
+def options(mesh: Mesh | None, network: Mapping[str, Any]) -> dict[str, str] | None:
+    """`compiler_options` of `jax.jit` for training a network of this description on this mesh; None: the compiler's own."""
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-    return _CPU if platform == "cpu" and _knows_cpu_options() else None
+    convolves = "model_channels" in network and network["img_resolution"] >= _LARGER
+    return _CPU if platform == "cpu" and convolves and _knows_cpu_options() else None
 
 
 @functools.cache

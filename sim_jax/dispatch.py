@@ -26,7 +26,8 @@ Batch = Mapping[str, Any] | None
 
 
 def _jit(experiment: Experiment, fn: Callable[..., Any], **options: Any):
-    return jax.jit(functools.partial(fn, experiment.recipe), donate_argnums=0, compiler_options=compiling.options(experiment.layout.mesh), **options)
+    told = compiling.options(experiment.layout.mesh, experiment.trained.network.spec)
+    return jax.jit(functools.partial(fn, experiment.recipe), donate_argnums=0, compiler_options=told, **options)
 
 
 def make_step(experiment: Experiment):

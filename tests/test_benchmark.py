@@ -74,7 +74,9 @@ def test_an_unknown_compiler_option_is_left_out(monkeypatch):
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     compiling._knows_cpu_options.cache_clear()
     monkeypatch.setattr(compiling, "_CPU", {"xla_of_some_other_version": "1"})
-    assert compiling.options(mesh) is None
+    unet = {"model_channels": 8, "img_resolution": 16}
+    assert compiling.options(mesh, unet) is None
     compiling._knows_cpu_options.cache_clear()
     monkeypatch.undo()
-    assert compiling.options(mesh) == compiling.options(None) == compiling._CPU
+    assert compiling.options(mesh, unet) == compiling.options(None, unet) == compiling._CPU
+    assert compiling.options(mesh, {**unet, "img_resolution": 8}) is compiling.options(mesh, {"img_resolution": 16}) is None

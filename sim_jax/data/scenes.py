@@ -1,8 +1,8 @@
 """Drawn scenes: coloured shapes on grey, 16 x 16 pixels, with captions of `scene_captions`; nothing is stored or downloaded.
 
-Scene i of a seed is a function of (seed, i): its caption, then places, drawn again until they fit: the boxes around shapes at least a pixel
-apart, and where the caption says so in the relation: a is left of b where the way from a's place to b's goes to the right further than it
-goes up or down; and likewise for the others.
+Scene i of a seed is a function of (seed, i): its caption; how its shapes are arranged, which the caption says but for "and"; and how far each
+is from its place in that arrangement, up to a pixel across and down, drawn again until the boxes around shapes are two pixels apart or more.
+A relation holds where the way from the first shape to the second goes further in its direction than to either side.
 
 The ground is grey, not black: a data set whose mean is far from 0 comes out too bright, as that hardly shows in the loss at much noise.
 """
@@ -10,6 +10,7 @@ The ground is grey, not black: a data set whose mean is far from 0 comes out too
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -20,10 +21,15 @@ from sim_jax.data.scene_captions import COLOURS, RELATIONS, SHAPES, Caption
 
 RESOLUTION = 16
 SIZE = 6            # pixels across a shape
-PLACES = (1, 9)     # where the box around a shape may begin, across and down
+GAP = 2             # pixels at least between two shapes' boxes
+STRAY = 1           # pixels that a shape may be off its place, across and down
 MOST = 3            # shapes in a scene
 SCENES = 131072     # that a data set has
 GROUND = (128, 128, 128)
+# Left and top of the boxes around a caption's shapes, before they stray.
+_ALONE = ((5, 5),)
+_TWO, _THREE = ((1, 5), (9, 5)), ((1, 1), (9, 1), (5, 9))
+_RELATED = (((1, 5), (9, 5)), ((9, 5), (1, 5)), ((5, 1), (5, 9)), ((5, 9), (5, 1)))  # in the order of RELATIONS
 _ROWS = {"square": (6, 6, 6, 6, 6, 6), "circle": (2, 4, 6, 6, 4, 2), "triangle": (2, 2, 4, 4, 6, 6)}  # widths of rows, each centred
 
 
@@ -50,35 +56,48 @@ def stands(relation: np.ndarray, dx: np.ndarray, dy: np.ndarray) -> np.ndarray:
     return along > np.where(relation < 2, np.abs(dy), np.abs(dx))
 
 
+def _arrangements(caption: Caption) -> Sequence[Sequence[tuple[int, int]]]:
+    if len(caption.objects) != 2:
+        return (_ALONE if len(caption.objects) == 1 else _THREE,)
+    if caption.relation is not None:
+        return (_RELATED[RELATIONS.index(caption.relation)],)
+    return _RELATED if caption.form == "together" else (_TWO,)
+
+
 @functools.cache
 def _wanted() -> tuple[np.ndarray, np.ndarray]:
-    """(number of shapes, relation or -1) of every caption, int [captions]."""
+    """(number of shapes int [captions], their places in four equally likely arrangements int [captions,4,3,2]) of every caption."""
     captions = scene_captions.captions()
-    return (np.array([len(c.objects) for c in captions]),
-            np.array([-1 if c.relation is None else RELATIONS.index(c.relation) for c in captions]))
+    places = np.zeros((len(captions), len(_RELATED), MOST, 2), np.int64)
+    for i, caption in enumerate(captions):
+        for j, arranged in enumerate(itertools.islice(itertools.cycle(_arrangements(caption)), len(_RELATED))):
+            places[i, j, :len(arranged)] = arranged
+    return np.array([len(caption.objects) for caption in captions]), places
 
 
-def _fits(caption: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    count, relation = (table[caption] for table in _wanted())
-    fits = (relation < 0) | stands(np.maximum(relation, 0), x[:, 1] - x[:, 0], y[:, 1] - y[:, 0])
+def _apart(count: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Whether there is a GAP between any two of the first `count` shapes, bool [N]."""
+    apart = np.ones(len(count), bool)
     for a, b in ((0, 1), (0, 2), (1, 2)):
-        fits &= (np.maximum(np.abs(x[:, a] - x[:, b]), np.abs(y[:, a] - y[:, b])) > SIZE) | (count <= b)
-    return fits
+        apart &= (np.maximum(np.abs(x[:, a] - x[:, b]), np.abs(y[:, a] - y[:, b])) >= SIZE + GAP) | (count <= b)
+    return apart
 
 
 def place(seed: int, index: np.ndarray, caption: np.ndarray) -> Scenes:
-    """Scenes `index` [N] of `seed` for given captions int [N]: places that fit."""
+    """Scenes `index` [N] of `seed` for given captions int [N]: where their shapes are."""
     out = Scenes(caption, *(np.zeros((len(index), MOST), np.int64) for _ in range(2)))
+    counts, places = _wanted()
+    home = places[caption, scene_captions.below(seed, index, 5, len(_RELATED))]
     left, attempt = np.arange(len(index)), 0
     while len(left):
-        def draw_places(axis: int) -> np.ndarray:
+        def stray(axis: int) -> np.ndarray:
             purposes = (16 * (MOST * attempt + j) + axis for j in range(MOST))
-            return np.stack([np.array(PLACES)[scene_captions.below(seed, index[left], purpose, len(PLACES))] for purpose in purposes], 1)
+            return np.stack([scene_captions.below(seed, index[left], purpose, 2 * STRAY + 1) for purpose in purposes], 1) - STRAY
 
-        x, y = draw_places(3), draw_places(4)
-        fits = _fits(caption[left], x, y)
-        out.x[left[fits]], out.y[left[fits]] = x[fits], y[fits]
-        left, attempt = left[~fits], attempt + 1
+        x, y = (home[left, :, axis] + stray(3 + axis) for axis in (0, 1))
+        apart = _apart(counts[caption[left]], x, y)
+        out.x[left[apart]], out.y[left[apart]] = x[apart], y[apart]
+        left, attempt = left[~apart], attempt + 1
     return out
 
 

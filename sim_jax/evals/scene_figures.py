@@ -5,12 +5,13 @@ four quarters of the image: 256 numbers, which know colours, edges and roughly w
 and with the distance between two halves of real drawings, with nothing else.
 
 Diversity. Of n images of one caption, the mean over pairs of the root mean squared difference of their pixels, in [-1, 1]; and as
-`places` the standard deviation of where the recognised objects stand, in pixels. Both as shares of what drawings of the same captions have:
+`places` the standard deviation of where an object stands, in pixels. Both as shares of what drawings of the same captions have:
 1 is the drawings' own variety, 0 one image over and over.
 """
 
 from __future__ import annotations
 
+import collections
 import functools
 from collections.abc import Sequence
 
@@ -52,9 +53,17 @@ def pixel_distance(images: np.ndarray) -> float:
 
 
 def _spread(images: np.ndarray) -> float:
-    """Standard deviation of the recognised objects' places about their mean, in pixels; 0 where fewer than two are recognised."""
-    centres = np.array([(o.x, o.y) for found in adherence.read(images) for o in found if o.shape])
-    return float(np.sqrt(centres.var(0).mean())) if len(centres) > 1 else 0.0
+    """Standard deviation of an object's place in pixels, mean over the objects of those images [n,...] that have the most frequent kinds.
+
+    Objects of a kind are told apart by their order from the left. 0 where fewer than two images are left.
+    """
+    scenes = [sorted((o.colour, o.shape, o.x, o.y) for o in found) for found in adherence.read(images) if found and all(o.shape for o in found)]
+    kinds = [tuple(o[:2] for o in found) for found in scenes]
+    if not kinds:
+        return 0.0
+    most = collections.Counter(kinds).most_common(1)[0][0]
+    places = np.array([[o[2:] for o in found] for found, kind in zip(scenes, kinds) if kind == most], np.float64)
+    return float(np.sqrt(places.var(0).mean()))
 
 
 def diversity(images: np.ndarray, drawings: np.ndarray) -> dict[str, float]:

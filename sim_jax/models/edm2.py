@@ -91,10 +91,11 @@ class MPFourier(nn.Module):
 
 
 class MPConv(nn.Module):
-    """Magnitude-preserving layer without bias: a convolution of [B,H,W,in], or with `kernel=0` a matrix on [B,in]."""
+    """Magnitude-preserving layer without bias: a convolution of [B,H,W,in], or with `kernel=0` a matrix on [B,in]; `parts` as `layers.Conv2d`."""
 
     features: int
     kernel: int = 0
+    parts: int = 1
 
     @nn.compact
     def __call__(self, x: Array, gain: Array | float = 1.0) -> Array:
@@ -102,8 +103,9 @@ class MPConv(nn.Module):
         shape = (*window, x.shape[-1], self.features)
         w = memory.parameter(self, "weight", nn.initializers.normal(1.0), shape)
         w = (normalize(w, _inputs(w)) * (gain / math.sqrt(math.prod(shape[:-1])))).astype(x.dtype)
-        if not self.kernel:
-            return x @ w
+        w = layers.by_part(w, self.parts)
+        if self.kernel <= 1:
+            return layers.product(x, w.reshape(-1, self.features))
         return jax.lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
@@ -151,10 +153,9 @@ class Block(nn.Module):
 
     def _attend(self, x: Array) -> Array:
         b, height, width, c = x.shape
-        y = MPConv(3 * c, 1, name="attn_qkv")(x)
-        # The checkpoint interleaves: output channel = (head, channel, one of q k v).
-        y = normalize(y.reshape(b, height * width, self.num_heads, c // self.num_heads, 3), (-2,))
-        q, k, v = jnp.moveaxis(y, -1, 0)
+        y = MPConv(3 * c, 1, parts=3, name="attn_qkv")(x)  # the checkpoint interleaves: output channel = (head, channel, one of q k v)
+        y = normalize(y.reshape(b, height * width, 3, self.num_heads, c // self.num_heads), (-1,))
+        q, k, v = jnp.moveaxis(y, 2, 0)
         return MPConv(c, 1, name="attn_proj")(layers.attention(q, k, v).reshape(b, height, width, c))
 
 

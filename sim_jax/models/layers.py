@@ -46,6 +46,19 @@ def _initializer(mode: str, fan_in: int, fan_out: int, scale: float) -> Callable
     return init
 
 
+def product(x: Array, w: Array) -> Array:
+    """[..., in] @ [in, out] -> [..., out], as a product of two matrices: only so do CPUs compute the gradient in `w` without first turning
+    around what it is a product of."""
+    return (x.reshape(-1, x.shape[-1]) @ w).reshape(*x.shape[:-1], w.shape[-1])
+
+
+def by_part(values: Array, parts: int) -> Array:
+    """[..., n parts], where entry i * parts + j is number i of part j -> the same, one part after the other."""
+    if parts == 1:
+        return values
+    return jnp.swapaxes(values.reshape(*values.shape[:-1], -1, parts), -1, -2).reshape(values.shape)
+
+
 class Linear(nn.Module):
     """Fully connected layer, [..., in] -> [..., out], in `dtype`.
 
@@ -62,7 +75,7 @@ class Linear(nn.Module):
     def __call__(self, x: Array) -> Array:
         fans = (x.shape[-1], self.features)
         w = memory.parameter(self, "weight", _initializer(self.init.mode, *fans, self.init.weight), (x.shape[-1], self.features), self.dtype)
-        x = x.astype(self.dtype) @ w
+        x = product(x.astype(self.dtype), w)
         if self.bias:
             b = memory.parameter(self, "bias", _initializer(self.init.mode, *fans, self.init.bias), (self.features,), self.dtype)
             if self.still_bias is not None:
@@ -121,8 +134,10 @@ class Conv2d(nn.Module):
     """2-D convolution with optional resampling, [B,H,W,in] -> [B,H',W',features]; `kernel=0` only resamples.
 
     `fused_down`: the padding of filter and kernel is applied once, before the kernel (NCSN++'s residual branch), which differs
-    from filtering first at the image's border. `still_bias` = (n, i): the biases of channels i, i + n, ... get no gradient.
-    `stride` and `padding` (default kernel // 2) are the kernel's own, without a filter.
+    from filtering first at the image's border.
+    `stride` and `padding` (default kernel // 2) are the kernel's own, without a filter. `parts` = n > 1: the weight's output channel
+    i * n + j is channel i of part j, and the parts come out one after the other (turning the weight around costs less than turning the
+    image); the biases of part `still_part` get no gradient.
     """
 
     features: int
@@ -133,7 +148,8 @@ class Conv2d(nn.Module):
     up: bool = False
     down: bool = False
     fused_down: bool = False
-    still_bias: tuple[int, int] | None = None
+    parts: int = 1
+    still_part: int | None = None
     resample_filter: tuple[float, ...] = (1, 1)
     init: Init = Init()
     dtype: jnp.dtype = jnp.float32
@@ -151,8 +167,13 @@ class Conv2d(nn.Module):
         k, cin = self.kernel, x.shape[-1]
         fans = (cin * k * k, self.features * k * k)
         w = memory.parameter(self, "weight", _initializer(self.init.mode, *fans, self.init.weight), (k, k, cin, self.features), self.dtype)
+        w = by_part(w, self.parts)
         pad = (k // 2 if self.padding is None else self.padding) + ((len(self.resample_filter) - 1) // 2 if fused else 0)
-        if pad == 0 and x.shape[1:3] == (k, k):  # a matrix product, which backends compute faster as such
+        # Where it is a matrix product it is written as one: a CPU computes a convolution's gradient in the weights with the whole batch
+        # turned around, images last.
+        if k == 1 and pad == 0 and self.stride == 1:
+            x = product(x, w[0, 0])
+        elif pad == 0 and x.shape[1:3] == (k, k):
             x = (x.reshape(-1, k * k * cin) @ w.reshape(-1, self.features))[:, None, None]
         else:
             x = jax.lax.conv_general_dilated(
@@ -161,10 +182,9 @@ class Conv2d(nn.Module):
             x = downsample(x, self.resample_filter, pad=0)
         if self.bias:
             b = memory.parameter(self, "bias", _initializer(self.init.mode, *fans, self.init.bias), (self.features,), self.dtype)
-            if self.still_bias is not None:
-                every, which = self.still_bias
-                b = jnp.where(np.arange(self.features) % every == which, jax.lax.stop_gradient(b), b)
-            x = x + b[None, None, None]
+            if self.still_part is not None:
+                b = jnp.where(np.arange(self.features) % self.parts == self.still_part, jax.lax.stop_gradient(b), b)
+            x = x + by_part(b, self.parts)[None, None, None]
         return x
 
 
@@ -247,8 +267,15 @@ def dropout(x: Array, rate: float, keys: Key | None, name: str) -> Array:
     if keys is None or rate == 0.0:
         return x
     salt = zlib.crc32(name.encode())
-    keep = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, salt), 1 - rate, x.shape[1:]))(keys)
+    keep = jax.vmap(lambda key: _kept(jax.random.fold_in(key, salt), rate, x.shape[1:]))(keys)
     return jnp.where(keep, x / (1 - rate), jnp.zeros_like(x))
+
+
+def _kept(key: Key, rate: float, shape: Sequence[int]) -> Array:
+    """Which elements of `shape` stay, each with probability 1 - rate, which is met to 2^-17: 16 bits decide, as hashing is what costs."""
+    bits = jax.random.bits(key, ((shape[0] + 1) // 2, *shape[1:]), jnp.uint32)
+    halves = jnp.concatenate([bits & 0xFFFF, bits >> 16])[:shape[0]]
+    return halves >= round(rate * 2**16)
 
 
 class UNetBlock(nn.Module):
@@ -302,9 +329,9 @@ class UNetBlock(nn.Module):
         b, height, width, c = x.shape
         h = GroupNorm(eps=self.eps, dtype=self.dtype, name="norm2")(x)
         # The checkpoint interleaves: output channel = (head, channel, one of q k v). A bias of the keys adds the same to all logits of
-        # a query, which softmax ignores: its gradient is rounding, and Adam would make full steps of that.
-        h = Conv2d(3 * c, 1, init=self.init_attn or self.init, still_bias=(3, 1), dtype=self.dtype, name="qkv")(h)
-        q, k, v = jnp.moveaxis(h.reshape(b, height * width, self.num_heads, c // self.num_heads, 3), -1, 0)
+        # a query, which softmax ignores: its gradient, held still, is rounding, and Adam would make full steps of that.
+        h = Conv2d(3 * c, 1, init=self.init_attn or self.init, parts=3, still_part=1, dtype=self.dtype, name="qkv")(h)
+        q, k, v = (part.reshape(b, height * width, self.num_heads, c // self.num_heads) for part in jnp.split(h, 3, axis=-1))
         h = attention(q, k, v).reshape(b, height, width, c)
         return Conv2d(c, 1, init=self.init_zero, dtype=self.dtype, name="proj")(h)
 
