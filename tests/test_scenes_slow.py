@@ -1,4 +1,4 @@
-"""configs/scenes.py as its docstring says, 50 minutes of one core: a teacher of scenes, then its SIM student in one call, and their report.
+"""configs/scenes.py as its docstring says, 25 minutes of one core: a teacher of scenes, then its SIM student in one call, and their report.
 
 Processes of their own, on one device. Untrained networks agree with no caption; what these runs reach is in the README.
 """
@@ -35,19 +35,12 @@ def report(tmp_path_factory):
     return json.loads(out.read_text())
 
 
-def test_the_student_reaches_what_it_has_reached(report):
-    """Less the error of 1,000 images; the variety that captions leave open is kept."""
+def test_the_student_draws_what_captions_say_as_the_teacher_does(report):
+    """Up to five points in everything, in one call, and with the variety that captions leave open."""
     teacher, student, drawings = (report[name] for name in ("teacher", "generator", "drawings"))
     assert drawings["seen"]["all"] == drawings["held_out_pairs"]["all"] == 1.0
     assert student["calls"] == 1 and teacher["calls"] == 70  # 35, each guided
-    assert teacher["seen"]["all"] > 0.6 and student["seen"]["all"] > 0.5
-    assert min(report[name]["seen"]["relation"] for name in ("teacher", "generator")) > 0.35  # chance is 17% of those with the right objects
-    assert student["diversity"]["pixels"] > 0.8 and student["diversity"]["places"] > 0.8
-
-
-@pytest.mark.xfail(strict=True, reason="the goal is not reached yet: 57% in one call where the teacher has 70% (README)")
-def test_the_student_draws_what_captions_say_as_the_teacher_does(report):
-    """Up to five points, in one call."""
-    teacher, student = report["teacher"], report["generator"]
+    assert teacher["seen"]["all"] > 0.8
     for name in ("count", "colour", "shape", "relation", "all"):
         assert student["seen"][name] > teacher["seen"][name] - 0.05, name
+    assert student["diversity"]["pixels"] > 0.8 and student["diversity"]["places"] > 0.8
