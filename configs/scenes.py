@@ -5,7 +5,8 @@ Paper:     SIM, arXiv 2410.16794; PixArt-alpha, arXiv 2310.00426, for the networ
 Command:   python -m sim_jax.main --config=configs/scenes.py:teacher --workdir=runs/scenes_teacher
            python -m sim_jax.main --config=configs/scenes.py --workdir=runs/scenes --config.teacher.path=runs/scenes_teacher
            python -m sim_jax.scene_report --workdir=runs/scenes --grid=scenes.png
-Hardware:  one CPU core, TEACHER for the teacher and GENERATOR for the generator.
+Hardware:  one CPU core, 11 minutes for the teacher and 14 for the generator [measured: 642 and 832 s on one core of an AMD EPYC that other
+           programs shared, with JAX_NUM_CPU_DEVICES=1]. Not measured on accelerators.
 Published: nothing to compare with.
 Words:     sim (default) or teacher; full (default) or tiny (seconds, to see that everything runs).
 """

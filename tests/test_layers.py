@@ -154,6 +154,28 @@ def test_dropout_scales_and_is_per_sample():
     assert layers.dropout(x, 0.25, None, "enc/block0") is x
 
 
+@pytest.mark.parametrize("rate", [0.13, 0.5, 0.9])
+def test_dropout_s_halves_of_random_numbers_are_two(rate):
+    """Rows draw from the lower and the upper halves of the same numbers: both at the rate, neither the other's copy; odd heights, too."""
+    kept = np.asarray(layers.dropout(jnp.ones((4, 63, 32, 32)), rate, jax.random.split(jax.random.key(3), 4), "a")) > 0
+    low, high = kept[:, :31], kept[:, 32:]
+    deviation = (rate * (1 - rate) / low.size) ** 0.5
+    assert abs(low.mean() - (1 - rate)) < 4 * deviation and abs(high.mean() - (1 - rate)) < 4 * deviation
+    assert abs(np.corrcoef(low.ravel(), high.ravel())[0, 1]) < 4 / low.size**0.5
+
+
+def test_parts_come_one_after_the_other():
+    """Channel 3 i + j of the weight is channel i of part j; a part held still gets no gradient in its biases."""
+    x = jnp.asarray(RNG.standard_normal((2, 4, 4, 5)), jnp.float32)
+    plain, parted = layers.Conv2d(12, 1), layers.Conv2d(12, 1, parts=3, still_part=1)
+    params = {"params": {"weight": jnp.asarray(RNG.standard_normal((1, 1, 5, 12)), jnp.float32), "bias": jnp.arange(12.0)}}
+    direct = np.asarray(x) @ np.asarray(params["params"]["weight"])[0, 0] + np.arange(12.0)
+    np.testing.assert_allclose(plain.apply(params, x), direct, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(parted.apply(params, x), np.concatenate([direct[..., j::3] for j in range(3)], -1), rtol=1e-5, atol=1e-5)
+    bias = jax.grad(lambda p: parted.apply(p, x).sum())(params)["params"]["bias"]
+    np.testing.assert_array_equal(bias == 0, np.arange(12) % 3 == 1)
+
+
 def test_label_dropout():
     """Whole rows go to zero, at the given rate, by each sample's key."""
     labels, keys = np.ones((2000, 3), np.float32), jax.random.split(jax.random.key(0), 2000)
