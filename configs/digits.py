@@ -4,7 +4,7 @@ Paper:     Score Implicit Matching, arXiv 2410.16794, which has no digits: every
 Command:   python -m sim_jax.main --config=configs/digits.py --workdir=runs/digits
            python -m sim_jax.main --config=configs/digits.py:dmd2,gan,2 --workdir=runs/digits_dmd2
 Hardware:  2 CPU cores, no download, about 4 minutes [measured: 230 s on an AMD EPYC].
-Published: nothing to compare with. Ours, measured: Frechet distance 0.171 in 1 call, the teacher 0.138 in 35 (README); with gan and twice
+Published: nothing to compare with. Ours, measured: Frechet distance 0.172 in 1 call, the teacher 0.138 in 35 (README); with gan and twice
            the length below the teacher's (README); the family at equal budgets in configs/digits_table.md.
 Words:     sim (default), sid, diff_instruct, dmd, dmd2, f_distill, sida or uni (arXiv 2410.16794, 2404.04057, 2305.18455, 2311.18828,
            2405.14867, 2502.15681, 2410.14919, 2505.20755), each with its own knobs of the loss and all else SIM's; nogan (default) or gan:

@@ -36,12 +36,17 @@ def report(tmp_path_factory):
 
 
 def test_the_student_draws_what_captions_say_as_the_teacher_does(report):
-    """Up to five points in everything, in one call, and with the variety that captions leave open."""
+    """Up to five points in everything, in one call, and as varied."""
     teacher, student, drawings = (report[name] for name in ("teacher", "generator", "drawings"))
     assert drawings["seen"]["all"] == drawings["held_out_pairs"]["all"] == 1.0
     assert student["calls"] == 1 and teacher["calls"] == 70  # 35, each guided
     assert teacher["seen"]["all"] > 0.8
     for name in ("count", "colour", "shape", "relation", "all"):
         assert student["seen"][name] > teacher["seen"][name] - 0.05, name
-    assert student["diversity"]["pixels"] > 0.8  # of the drawings'; of how far shapes stray the teacher itself has less than that
-    assert student["diversity"]["places"] > max(0.7, teacher["diversity"]["places"] - 0.05)
+    assert student["diversity"]["pixels"] > 0.8
+    assert student["diversity"]["places"] > teacher["diversity"]["places"] - 0.05
+
+
+@pytest.mark.xfail(strict=True, reason="not reached: 0.78, as the teacher has, since places are compared object by object (README)")
+def test_shapes_stray_as_far_as_in_drawings(report):
+    assert report["generator"]["diversity"]["places"] > 0.8

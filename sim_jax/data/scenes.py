@@ -10,7 +10,6 @@ The ground is grey, not black: a data set whose mean is far from 0 comes out too
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -70,7 +69,9 @@ def _wanted() -> tuple[np.ndarray, np.ndarray]:
     captions = scene_captions.captions()
     places = np.zeros((len(captions), len(_RELATED), MOST, 2), np.int64)
     for i, caption in enumerate(captions):
-        for j, arranged in enumerate(itertools.islice(itertools.cycle(_arrangements(caption)), len(_RELATED))):
+        open_to = _arrangements(caption)
+        for j in range(len(_RELATED)):
+            arranged = open_to[j % len(open_to)]
             places[i, j, :len(arranged)] = arranged
     return np.array([len(caption.objects) for caption in captions]), places
 
